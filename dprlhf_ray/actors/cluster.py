@@ -1,0 +1,54 @@
+"""Joining Ray: a private one on this machine, or a cluster by address; the same code runs on both."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dprlhf_ray.config import RunConfig
+
+# before ray is imported: tokens for every connection, the second generation of Ray Train
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+
+
+@contextmanager
+def session(config: RunConfig) -> Iterator[str]:
+    """Connect to Ray; yields the namespace of this run's actors. What was started here ends here."""
+    namespace = f"dprlhf-{config.name}"
+    if ray.is_initialized():  # a notebook, a test, or a Ray job that connected before
+        yield namespace
+        return
+    worker_env = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if not config.learner.use_gpu:
+        worker_env["DS_ACCELERATOR"] = "cpu"
+    common = {
+        "namespace": namespace,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": worker_env},
+    }
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, **common)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, config.learner.num_workers),
+            include_dashboard=config.ray.dashboard,
+            dashboard_host="127.0.0.1",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=tempfile.mkdtemp(prefix="ray-"),
+            **common,
+        )
+    try:
+        yield namespace
+    finally:
+        ray.shutdown()

@@ -1,0 +1,133 @@
+"""The vLLM engine, in the process of its actor.
+
+On CPUs, vLLM packs linear weights when it builds the model and keeps using the packed copy after a reload, without an
+error. Packing is therefore switched off before the model is built; that, and every later sync, is checked against the
+learner's log-probabilities by the fleet.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dprlhf_ray.actors.engines.base import Engine
+from dprlhf_ray.config import GenerationConfig, RolloutConfig
+
+_EXTENSION = f"{__name__}.WorkerExtension"
+
+
+def environment(rollout: RolloutConfig) -> dict[str, str]:
+    """Environment variables that have to be set before the engine's process starts.
+
+    Waiting OpenMP threads must sleep: spinning ones starve the learner, which shares the cores, and each other
+    (measured on 2 busy cores: 60-120 tokens/s spinning, 600 sleeping).
+    """
+    threads = rollout.threads or len(os.sched_getaffinity(0))
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "DO_NOT_TRACK": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+class WorkerExtension:
+    """Methods that vLLM adds to its worker (`worker_extension_cls`); called by name."""
+
+    model_runner: Any
+
+    def load_named_weights(self, weights: Mapping[str, torch.Tensor]) -> int:
+        """Copy complete Hugging Face tensors into the (fused) parameters; returns how many of those were written."""
+        with torch.no_grad():
+            return len(self.model_runner.model.load_weights(iter(weights.items())) or ())
+
+    def seed_sampler(self, seed: int) -> None:
+        """Key the generator that sampling draws from."""
+        torch.manual_seed(seed)
+
+
+class VllmEngine(Engine):
+    """vLLM, without its own scheduler process, tokenizer, logs or usage reports."""
+
+    def __init__(self, model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str) -> None:
+        super().__init__(model_path, rollout, generation, dtype)
+        for key, value in environment(rollout).items():
+            os.environ.setdefault(key, value)
+        on_gpu = torch.cuda.is_available()
+        if on_gpu and torch.cuda.get_device_capability() >= (9, 0):
+            os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+        from vllm import LLM, SamplingParams
+
+        if not on_gpu:
+            _disable_weight_packing()
+        memory = {} if on_gpu else {"kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30)}
+        self._llm = LLM(
+            model=model_path,
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            tensor_parallel_size=rollout.tensor_parallel_size,
+            max_model_len=rollout.max_model_len,
+            max_num_seqs=rollout.max_num_seqs,
+            enforce_eager=not on_gpu,
+            generation_config="vllm",  # sampling settings come from our config only
+            worker_extension_cls=_EXTENSION,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **memory,
+        )
+        # vLLM seeds its sampler with the constant 0.
+        self._llm.collective_rpc("seed_sampler", args=(secrets.randbits(63),))
+        self._sampling = SamplingParams(
+            temperature=generation.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_tokens=generation.max_new_tokens,
+            ignore_eos=True,  # the engine has no tokenizer: the end-of-sequence tokens are stop tokens
+            stop_token_ids=sorted(self.eos_token_ids) if generation.stop_at_eos else None,
+            detokenize=False,
+        )
+        self._scoring = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+
+    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        outputs = self._llm.generate(_as_tokens(sequences), self._scoring, use_tqdm=False)
+        return [
+            [entry[token].logprob for token, entry in zip(ids[1:], out.prompt_logprobs[1:], strict=True)]
+            for ids, out in zip(sequences, outputs, strict=True)
+        ]
+
+    def _sample(self, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+        outputs = self._llm.generate(_as_tokens(prompts), self._sampling, use_tqdm=False)
+        return [list(out.outputs[0].token_ids) for out in outputs]
+
+    def _load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        if weights and not all(self._llm.collective_rpc("load_named_weights", args=(weights,))):
+            raise ValueError("vLLM took none of the weights: are the names Hugging Face parameter names?")
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache, which holds values of the old weights")
+
+
+def _as_tokens(sequences: Sequence[Sequence[int]]) -> list[Any]:
+    return [{"prompt_token_ids": list(ids)} for ids in sequences]
+
+
+def _disable_weight_packing() -> None:
+    """Make vLLM's CPU linear layers read their parameters at every call (`dispatch_cpu_unquantized_gemm`)."""
+    from vllm import _custom_ops
+    from vllm.model_executor.layers import utils as layers
+
+    for module, name in ((_custom_ops, "_supports_onednn"), (layers, "check_cpu_sgl_kernel")):
+        if not hasattr(module, name):
+            raise RuntimeError(
+                f"{module.__name__}.{name} is gone from this vLLM: its CPU build packs weights in another way, and a "
+                "sync could silently keep old ones; use the locked vLLM version, or rollout.engine: transformers"
+            )
+    _custom_ops._supports_onednn = False
+    layers.check_cpu_sgl_kernel = lambda n, k, dtype: False

@@ -1,0 +1,291 @@
+"""One rank of the learner group: DeepSpeed around the policy, and the order of one DP step.
+
+The optimizer's gradient is written exactly once per update, from a noised value: the backward pass that DeepSpeed sees is
+that of the surrogate sum_i <p_i, g_i>, whose gradient with respect to p is the noised g itself. Raw per-record gradients
+never exist as `.grad` (see privacy/per_unit.py), so there is nothing else that DeepSpeed could reduce or apply, at any
+ZeRO stage, with its default settings. Before the optimizer moves, the gradient it holds is compared with what was written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dprlhf_ray.config import OptimizerConfig, RunConfig
+from dprlhf_ray.models import adapters
+from dprlhf_ray.models.embedded import resolve_model
+from dprlhf_ray.models.policy import Policy, export, load_policy, sync_names, sync_weights
+from dprlhf_ray.privacy.mechanism import DPStep
+from dprlhf_ray.privacy.noise import noise_gradient, noise_metrics
+from dprlhf_ray.privacy.per_unit import Recorder
+from dprlhf_ray.privacy.permit import Permit
+from dprlhf_ray.privacy.release import Released, release_means
+from dprlhf_ray.records import Experience
+from dprlhf_ray.stages import batching
+from dprlhf_ray.stages.rl import METRIC_BOUND, METRICS, Draw, RLObjective
+
+GRADIENT_BYTES = 256 << 20  # per-record gradients held at once; speed and memory only
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What a rank needs to build itself: public settings only."""
+
+    config: RunConfig
+    stage_index: int
+    step: DPStep
+    run_dir: str
+    public_sequences: tuple[tuple[int, ...], ...]
+
+
+class WriteCheckFailed(RuntimeError):
+    """The optimizer held something other than the noised gradient; nothing was applied."""
+
+
+class Learner:
+    """Rank `rank` of `world`. Needs an initialised process group (gloo or nccl)."""
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        config, self.spec = spec.config, spec
+        self.stage = config.stages[spec.stage_index]
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if config.learner.threads or not config.learner.use_gpu:
+            torch.set_num_threads(config.learner.threads or max(1, (os.cpu_count() or 1) // self.world))
+        torch.manual_seed(config.seed)
+        from transformers import AutoTokenizer
+
+        self.base_path = resolve_model(config.model.name)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base_path)
+        pad = self.tokenizer.pad_token_id
+        self.pad_id = int(pad if pad is not None else self.tokenizer.eos_token_id)
+        policy = load_policy(self.base_path, config.model, config.seed, self.stage.algorithm.kind == "ppo")
+        if config.learner.gradient_checkpointing:
+            policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.causal_lm.train()
+            _no_dropout(policy)
+        if config.learner.use_gpu:
+            policy = policy.cuda()
+        trainable = [p for p in policy.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(trainable, self.stage.optimizer)
+        self.engine, *_ = deepspeed.initialize(
+            model=policy, optimizer=self.optimizer, config=_deepspeed_config(config, self.world), dist_init_required=False
+        )
+        self.policy: Policy = self.engine.module
+        self.recorder = Recorder(self.policy)
+        self.objective = RLObjective(self.policy, self.stage, self.recorder, self._reference())
+        self.version = 0
+
+    def _reference(self) -> Policy | None:
+        """A frozen copy of the start, only where there is no adapter to switch off."""
+        config = self.spec.config
+        if config.model.adapter.kind != "full" or not self.stage.algorithm.kl_coef:
+            return None
+        return load_policy(self.base_path, config.model, config.seed).requires_grad_(False).to(self.engine.device)
+
+    # ------------------------------------------------------------------------------------------------- the DP step
+
+    def update(self, experiences: Sequence[Experience], baseline: float, redeem: Any) -> list[Released]:
+        """One draw: K updates, each clipped, summed over ranks, noised once, divided by the public expected batch.
+
+        Args:
+            experiences: this rank's share of the draw. PRIVATE.
+            baseline: a public constant or a released value.
+            redeem: () -> Permit, called on rank 0 only, just before the first noise is drawn.
+
+        Returns:
+            The metrics released with this draw (rank 0; empty elsewhere).
+        """
+        stale = [c.version for e in experiences for c in e.completions if c.version != self.version]
+        if stale:
+            raise RuntimeError(f"completions of weight version {stale[0]} reached a learner at version {self.version}")
+        draw = Draw(self._micro_batches(experiences), baseline)
+        permit: Permit | None = None
+        released: list[Released] = []
+        for k in range(self.spec.step.updates_per_draw):
+            total, metrics = self.objective.clipped_sum(draw)
+            self._sum_to_first(total.total)
+            if k == 0:
+                self._sum_to_first(metrics)
+            value = torch.empty_like(total.total)
+            if self.rank == 0:
+                permit = permit or redeem()
+                value = noise_gradient(total.total, permit).value
+                if k == 0:
+                    released = self._release(metrics, permit)
+            dist.broadcast(value, 0)
+            self._write_and_step(value / self.spec.step.expected_batch)
+        self.version += 1
+        return released
+
+    def _micro_batches(self, experiences: Sequence[Experience]) -> list[batching.MicroBatch]:
+        group = self.stage.algorithm.completions_per_prompt
+        max_units = max(1, GRADIENT_BYTES // (4 * self.recorder.dimension))
+        batches = batching.plan(experiences, group, self.spec.config.learner.micro_batch_tokens, max_units, self.pad_id)
+        count = torch.tensor(len(batches))
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        return batches + [batching.empty(group, self.pad_id)] * (int(count) - len(batches))
+
+    def _sum_to_first(self, x: Tensor) -> None:
+        if self.world > 1:
+            dist.reduce(x, 0, dist.ReduceOp.SUM)
+
+    def _release(self, metrics: Tensor, permit: Permit) -> list[Released]:
+        scales = torch.tensor([self.stage.scorer.reward_bound, float(self.stage.generation.max_new_tokens), 1.0])
+        return release_means(noise_metrics(metrics, permit, METRIC_BOUND), METRICS, scales, self.spec.step)
+
+    def _write_and_step(self, gradient: Tensor) -> None:
+        """Hand `gradient` (d,) to the optimizer as the whole gradient, check that it arrived, step."""
+        if not torch.isfinite(gradient).all():
+            raise WriteCheckFailed("the noised gradient is not finite; nothing was applied")
+        _set_lr(self.engine.optimizer, self.stage.optimizer, self.version, self.spec.step.steps)
+        parts = gradient.split(self.recorder.sizes)
+        with self._gathered(self.recorder.parameters):
+            pairs = list(zip(self.recorder.parameters, parts, strict=True))
+            self.engine.backward(torch.stack([(p * g.view(p.shape).to(p.dtype)).sum() for p, g in pairs]).sum())
+        for name, p, g in zip(self.recorder.names, self.recorder.parameters, parts, strict=True):
+            held = safe_get_full_grad(p)
+            if held is None or not torch.allclose(held.flatten().float(), g, rtol=1e-4, atol=1e-12):
+                raise WriteCheckFailed(f"{name}: the optimizer does not hold the noised gradient; nothing was applied")
+        self.engine.step()
+
+    @contextmanager
+    def _gathered(self, parameters: Sequence[torch.nn.Parameter], modify: bool = False) -> Iterator[None]:
+        """Full parameters on every rank (ZeRO-3 partitions them)."""
+        if self.spec.config.learner.zero_stage < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if modify else None):
+            yield
+
+    # ---------------------------------------------------------------------------------------------------- weights
+
+    def weights(self) -> tuple[int, dict[str, Tensor]]:
+        """(version, changed weights merged, by Hugging Face name) as the rollout engines take them."""
+        with self._gathered(list(self.policy.parameters())):
+            return self.version, sync_weights(self.policy, getattr(torch, self.spec.config.model.dtype))
+
+    def public_log_probs(self) -> list[list[float]]:
+        """log-probabilities of tokens 1.. of the fixed public sequences, under the current weights."""
+        results = []
+        for sequence in self.spec.public_sequences:
+            ids = torch.tensor([sequence], device=self.engine.device)
+            with torch.no_grad():
+                scored = self.policy(ids, torch.ones(1, dtype=torch.long, device=ids.device), ids[:, 1:])
+            results.append(scored.log_probs[0].tolist())
+        return results
+
+    def export(self, folder: str) -> None:
+        """Write the released model (adapter, merged model, tokenizer); rank 0 writes."""
+        with self._gathered(list(self.policy.parameters())):
+            if self.rank == 0:
+                model = self.spec.config.model
+                export(self.policy, self.base_path, model.name, model, self.tokenizer, Path(folder))
+        dist.barrier()
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self, attempt: int, ledger_head: str) -> None:
+        """Write a checkpoint of released values only: trainable weights, optimizer state, no random-number state."""
+        root = Path(self.spec.run_dir) / "checkpoints" / self.stage.name
+        final, partial = root / f"version-{self.version:06d}", root / f".partial-{self.version:06d}"
+        self.engine.save_checkpoint(str(partial), tag="state", exclude_frozen_parameters=True, save_latest=False)
+        with self._gathered(list(self.policy.parameters())):
+            frozen = adapters.frozen_parts(self.policy) if self.rank == 0 else {}
+        dist.barrier()
+        if self.rank == 0:
+            if frozen:
+                save_file({k: v.contiguous() for k, v in frozen.items()}, partial / "frozen.safetensors")
+            meta = {"version": self.version, "attempt": attempt, "world": self.world, "ledger_head": ledger_head,
+                    "zero_stage": self.spec.config.learner.zero_stage}  # fmt: skip
+            (partial / "meta.json").write_text(json.dumps(meta))
+            if final.exists():
+                _remove(final)
+            os.replace(partial, final)
+            for old in sorted(root.glob("version-*"))[:-2]:
+                _remove(old)
+        dist.barrier()
+
+    def restore(self) -> int:
+        """Load the newest complete checkpoint; returns its version (0: none).
+
+        Raises:
+            RuntimeError: the checkpoint was written by another number of workers or at another ZeRO stage.
+        """
+        root = Path(self.spec.run_dir) / "checkpoints" / self.stage.name
+        found = sorted(root.glob("version-*/meta.json"))
+        if not found:
+            return 0
+        folder, meta = found[-1].parent, json.loads(found[-1].read_text())
+        here = {"world": self.world, "zero_stage": self.spec.config.learner.zero_stage}
+        for key, value in here.items():
+            if meta[key] != value:
+                raise RuntimeError(f"checkpoint {folder} was written with {key} {meta[key]}, this run has {value}")
+        if (folder / "frozen.safetensors").exists():
+            with self._gathered([p for p in self.policy.parameters() if not p.requires_grad], modify=True):
+                adapters.load_frozen_parts(self.policy, load_file(folder / "frozen.safetensors"))
+        path, _ = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+        if path is None:
+            raise RuntimeError(f"checkpoint {folder} cannot be read")
+        self.version = int(meta["version"])
+        return self.version
+
+    def info(self) -> dict[str, Any]:
+        return {"version": self.version, "trainable": self.recorder.dimension, "sync_names": sync_names(self.policy)}
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], o: OptimizerConfig) -> torch.optim.Optimizer:
+    if o.kind == "sgd":
+        return torch.optim.SGD(parameters, lr=o.lr, weight_decay=o.weight_decay)
+    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+
+
+def _set_lr(optimizer: Any, o: OptimizerConfig, version: int, steps: int) -> None:
+    """Learning rate as a function of the step number only."""
+    scale = min(1.0, (version + 1) / o.warmup_steps) if o.warmup_steps else 1.0
+    done = min(1.0, version / max(1, steps))
+    if o.schedule == "linear":
+        scale *= 1.0 - done
+    elif o.schedule == "cosine":
+        scale *= 0.5 * (1.0 + math.cos(math.pi * done))
+    for group in optimizer.param_groups:
+        group["lr"] = o.lr * scale
+
+
+def _deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": config.learner.zero_stage, "overlap_comm": False},
+        "steps_per_print": 1 << 30,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _no_dropout(policy: Policy) -> None:
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder)

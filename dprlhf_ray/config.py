@@ -1,0 +1,398 @@
+"""Every setting of a run, once: typed, with its default, unit and meaning.
+
+This module imports no torch, ray, vllm or deepspeed, so that a bad config is refused before anything heavy starts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dprlhf_ray.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+# --------------------------------------------------------------------------------------------------------- model
+
+
+class AdapterConfig(Section):
+    """Which numbers are trained."""
+
+    kind: Literal["lora", "ffa_lora", "lora_xs", "full"] = Field(
+        "lora",
+        description="lora: A and B; ffa_lora: B only, A frozen (Sun et al. 2024); lora_xs: an r x r core between the "
+        "frozen singular vectors of each matrix (Balazy et al. 2024), very few numbers; full: all weights.",
+    )
+    rank: int = Field(4, ge=1, description="rank r of the update")
+    alpha: float = Field(8.0, gt=0, description="the update is scaled by alpha / rank")
+    target_modules: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1, description="suffixes of linear layers")
+    last_layers: int | None = Field(None, ge=1, description="adapt only the last n transformer layers (null: all)")
+
+
+class ModelConfig(Section):
+    """The policy before training."""
+
+    name: str = Field("embedded", description='"embedded", a local folder in Hugging Face format, or a hub name')
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the frozen base weights")
+    adapter: AdapterConfig = AdapterConfig()
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+class DataConfig(Section):
+    """One declared private data set. The privacy budget belongs to its name (its key in `data`)."""
+
+    source: str = Field(
+        "embedded:movie-reviews", description='"embedded:movie-reviews", a .jsonl(.gz)/.parquet/.csv path, or a hub name'
+    )
+    split: str = Field("train", description="split of a hub data set")
+    columns: dict[Literal["prompt", "id"], str] = Field(
+        default_factory=dict, description="remap: our name -> column name in the source"
+    )
+    prompt_tokens: int | None = Field(
+        None, ge=1, description="keep only the first n tokens of each prompt (a record-local public rule); null: whole"
+    )
+    max_prompt_tokens: int = Field(256, ge=1, description="a longer prompt becomes a null record")
+    chat_template: bool = Field(False, description="wrap the prompt with the tokenizer's chat template")
+
+
+# ------------------------------------------------------------------------------------------------------- privacy
+
+
+class PrivacyConfig(Section):
+    """The guarantee of one stage. There is no default budget: a missing epsilon never means "no limit"."""
+
+    mode: Literal["dp", "clip_only"] = Field(
+        "dp", description="clip_only: a control with noise zero; its certificate says that nothing is guaranteed"
+    )
+    epsilon: float | None = Field(None, gt=0, description="target epsilon of the stage (required in mode dp)")
+    delta: float = Field(1e-5, gt=0, lt=1)
+    unit: Literal["record"] = "record"
+    adjacency: Literal["zero_out", "add_remove", "replace_one"] = "zero_out"
+    clip_norm: float = Field(0.1, gt=0, description="C: bound on one unit's gradient (L2, all trainable parameters)")
+    expected_batch: int = Field(400, ge=1, description="L = q N: expected units per draw, a public constant")
+    steps: int = Field(20, ge=1, description="T: number of attempts (draws) planned and charged")
+    updates_per_draw: int = Field(1, ge=1, description="K: updates on one draw, all charged up front")
+    metric_noise_multiplier: float = Field(
+        5.0, gt=0, description="sigma_m: noise of the released private metrics, relative to their joint clip bound"
+    )
+    declared_size: int | None = Field(
+        None, ge=2, description="add_remove only: a declared constant that stands for the private data set size"
+    )
+    allow_large_delta: bool = Field(False, description="accept delta >= 1/N")
+
+    @model_validator(mode="after")
+    def _budget(self) -> PrivacyConfig:
+        if self.mode == "dp" and self.epsilon is None:
+            raise ValueError("epsilon is not set: give a target such as 8.0 (a missing epsilon never means no limit)")
+        if self.mode == "clip_only" and self.epsilon is not None:
+            raise ValueError("epsilon has no meaning in mode clip_only: remove it, or set mode: dp")
+        if self.adjacency == "replace_one" and self.updates_per_draw > 1:
+            raise ValueError("updates_per_draw > 1 is not supported under adjacency replace_one: use zero_out")
+        if self.adjacency == "add_remove" and self.declared_size is None:
+            raise ValueError("declared_size is required under adjacency add_remove (the true size is private)")
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------- algorithms
+
+
+class AlgorithmConfig(Section):
+    """Per-record policy loss; see `dprlhf_ray/algorithms/`."""
+
+    kind: Literal["ppo", "rloo", "grpo", "reinforce"] = "rloo"
+    completions_per_prompt: int = Field(1, ge=1, description="G: completions of one prompt; together they are one record")
+    baseline: Literal["constant", "released_mean"] = Field(
+        "released_mean",
+        description="reinforce: a public constant, or the mean reward released (noised, charged) by earlier steps",
+    )
+    baseline_value: float = Field(0.0, description="reinforce: the constant, and the first step's baseline")
+    kl_coef: float = Field(0.0, ge=0, description="KL to the frozen reference, per token, inside the record (0: none)")
+    clip_range: float = Field(0.2, gt=0, description="ppo, grpo: ratio clip")
+    gamma: float = Field(1.0, ge=0, le=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    value_coef: float = Field(0.1, ge=0)
+
+    @model_validator(mode="after")
+    def _group(self) -> AlgorithmConfig:
+        if self.kind in ("rloo", "grpo") and self.completions_per_prompt < 2:
+            raise ValueError(f"completions_per_prompt must be at least 2 for {self.kind} (reinforce works with 1)")
+        return self
+
+
+class GenerationConfig(Section):
+    """How completions are drawn."""
+
+    max_new_tokens: int = Field(24, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    stop_at_eos: bool = True
+
+
+class ScorerConfig(Section):
+    """The reward: a function of one record's text, stateless."""
+
+    kind: Literal["sentiment_rule", "python"] = Field(
+        "sentiment_rule", description="sentiment_rule: VADER compound score in [-1, 1]; python: your own function"
+    )
+    function: str | None = Field(None, description='python: "package.module:function", (prompt, completion) -> float')
+    reward_bound: float = Field(1.0, gt=0, description="rewards are clipped to [-bound, bound], a public constant")
+
+    @model_validator(mode="after")
+    def _function(self) -> ScorerConfig:
+        if self.kind == "python" and not self.function:
+            raise ValueError('function is required for kind python, e.g. "my_rewards:score"')
+        return self
+
+
+class OptimizerConfig(Section):
+    """What is done with the noised gradient (post-processing)."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-2, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+
+class RLStage(Section):
+    """Reinforcement learning on private prompts."""
+
+    kind: Literal["rl"] = "rl"
+    name: str = Field("rl", pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    data: str = Field("reviews", description="name of a data set declared under `data`")
+    privacy: PrivacyConfig
+    algorithm: AlgorithmConfig = AlgorithmConfig(kind="reinforce")
+    generation: GenerationConfig = GenerationConfig()
+    scorer: ScorerConfig = ScorerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+# ------------------------------------------------------------------------------------------------- where it runs
+
+
+class LearnerConfig(Section):
+    """The learner group: Ray Train workers with DeepSpeed."""
+
+    num_workers: int = Field(1, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    use_gpu: bool = False
+    micro_batch_tokens: int = Field(2048, ge=16, description="tokens (with padding) per micro-batch; speed and memory only")
+    gradient_checkpointing: bool = False
+    threads: int | None = Field(None, ge=1, description="torch threads per worker (null: all cores of the machine)")
+    checkpoint_every: int = Field(1, ge=1, description="steps between checkpoints")
+    max_failures: int = Field(3, ge=0, description="restarts of the learner group before the run gives up")
+
+
+class RolloutConfig(Section):
+    """The rollout fleet."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    replicas: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    gpus_per_replica: float = Field(0.0, ge=0)
+    max_model_len: int = Field(512, ge=8, description="tokens of prompt and completion together")
+    max_num_seqs: int = Field(128, ge=1)
+    kv_cache_gib: float = Field(1.0, gt=0)
+    threads: int | None = Field(None, ge=1, description="threads per engine (null: all cores of the machine)")
+    sync_tolerance: float = Field(
+        0.05, gt=0, description="largest root-mean-square difference of log-probabilities, engine against learner"
+    )
+
+
+class EvaluationConfig(Section):
+    """Public prompts: reward before and after, and samples. Costs no budget."""
+
+    source: str = Field("embedded:public-openings", description="as data.source; public, disjoint from private data")
+    prompts: int = Field(400, ge=2, description="number of public prompts scored before and after")
+    every: int = Field(0, ge=0, description="also every n steps (0: only before and after)")
+    samples: int = Field(4, ge=0, description="continuations shown before and after")
+
+
+class RayConfig(Section):
+    address: str | None = Field(None, description="cluster address; null starts Ray on this machine")
+    dashboard: bool = False
+
+
+class TrackingConfig(Section):
+    """Extra sinks for the released metrics."""
+
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$")
+    seed: int = Field(0, ge=0, description="public randomness only (initial adapters, public evaluation); never protects anyone")
+    ledger: str | None = Field(None, description="SQLAlchemy URL of a ledger shared by runs; null: ledger.db in the run")
+    model: ModelConfig = ModelConfig()
+    data: dict[str, DataConfig] = Field(default_factory=lambda: {"reviews": DataConfig()}, min_length=1)
+    stages: Annotated[tuple[RLStage, ...], Field(min_length=1)]
+    learner: LearnerConfig = LearnerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    ray: RayConfig = RayConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("data")
+    @classmethod
+    def _names(cls, value: dict[str, DataConfig]) -> dict[str, DataConfig]:
+        for name in value:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"data set name {name!r}: use letters, digits, - and _")
+        return value
+
+    @model_validator(mode="after")
+    def _refs(self) -> RunConfig:
+        names = [s.name for s in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ: {names}")
+        for s in self.stages:
+            if s.data not in self.data:
+                raise ValueError(f"stage {s.name!r} uses data set {s.data!r}, which is not declared under data: {sorted(self.data)}")
+            longest = self.data[s.data].prompt_tokens or self.data[s.data].max_prompt_tokens
+            if longest + s.generation.max_new_tokens > self.rollout.max_model_len:
+                raise ValueError(
+                    f"rollout.max_model_len is {self.rollout.max_model_len}, but prompts of up to {longest} tokens and "
+                    f"{s.generation.max_new_tokens} new tokens need {longest + s.generation.max_new_tokens}"
+                )
+        if self.learner.num_workers > 1 and self.learner.zero_stage == 0 and self.model.adapter.kind == "full":
+            pass  # allowed: replicas with a full copy each
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------- reading it
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML config and apply `a.b=value` overrides.
+
+    Raises:
+        ConfigError: one line that names the key, what is wrong and what would be right.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        where = f" line {e.problem_mark.line + 1}" if getattr(e, "problem_mark", None) else ""
+        raise ConfigError(f"{path}:{where} is not valid YAML: {getattr(e, 'problem', e)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, not {type(tree).__name__}")
+    for item in overrides or []:
+        _override(tree, item)
+    return parse(tree, str(path))
+
+
+def parse(tree: dict[str, Any], where: str = "config") -> RunConfig:
+    """Validate a mapping; raises `ConfigError` with one line for the first problem."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as e:
+        raise ConfigError(f"{where}: {_one_line(e)}") from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(p) for p in first["loc"])
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("be a valid", "be a")
+    message = re.sub(r"should be a (dictionary|model).*", "should be a section of keys and values", message)
+    message = re.sub(r"should be an? (valid )?integer.*", "should be a whole number", message)
+    if not key:  # a check of the whole config names its keys itself
+        return message
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_known_keys(first['loc'])}"
+    if first["type"] == "missing":
+        return f"{key}: this key is required"
+    value = first.get("input")
+    shown = "" if isinstance(value, dict | list | tuple) or first["type"] == "value_error" else f" (got {value!r})"
+    return f"{key}: {message}{shown}"
+
+
+def _known_keys(loc: tuple[Any, ...]) -> str:
+    """Suggest the nearest known key at that place."""
+    import difflib
+
+    model: Any = RunConfig
+    for part in loc[:-1]:
+        field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
+        if field is not None:
+            model = _section(field.annotation)
+    keys = list(getattr(model, "model_fields", {}))
+    near = difflib.get_close_matches(str(loc[-1]), keys, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(keys)}"
+
+
+def _section(annotation: Any) -> Any:
+    """The section class inside an annotation such as tuple[RLStage, ...]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for arg in getattr(annotation, "__args__", ()):
+        found = _section(arg)
+        if found is not None:
+            return found
+    return None
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    key, sep, text = item.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"--set {item!r}: write it as key.subkey=value")
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        node = _child(node, part, key)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {item!r}: the value is not valid YAML") from None
+    if isinstance(value, str):
+        value = _number(value)
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _number(text: str) -> Any:
+    """YAML reads 1e-5 as text; people mean a number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return number if math.isfinite(number) else text
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, key)]
+    child = node.setdefault(part, {})
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"--set {key}: {part!r} is a value, not a section")
+    return child
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"--set {key}: {part!r} should be an index below {len(node)}")
+    return int(part)

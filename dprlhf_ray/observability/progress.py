@@ -1,0 +1,69 @@
+"""Progress for the operator: a live line in a terminal, plain lines in a log. Released and operational values only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from dprlhf_ray.privacy.release import Released
+
+
+class RunProgress:
+    """`say` prints a line; `begin`/`step` follow a stage."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self._started = time.monotonic()
+        self._live: Progress | None = None
+        self._task = None
+        self._stage_started = 0.0
+        self._first = 0
+
+    def __enter__(self) -> RunProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.end()
+
+    def say(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(f"[{time.monotonic() - self._started:6.0f} s] {text}", markup=False)
+            sys.stdout.flush()
+
+    def begin(self, stage: str, done: int, total: int) -> None:
+        self._stage_started, self._first = time.monotonic(), done
+        if self._console.is_terminal and not self._quiet:
+            self._live = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._live.start()
+            self._task = self._live.add_task(stage, total=total, completed=done, figures="")
+
+    def step(
+        self, stage: str, attempt: int, total: int, epsilon: float | None, target: float | None,
+        released: list[Released], tokens_per_second: float,
+    ) -> None:  # fmt: skip
+        spent = "no guarantee (clip only)" if epsilon is None else f"eps {epsilon:.2f} of {target:g}"
+        shown = "  ".join(f"{r.name} {r.value:.3f}" for r in released if not r.name.endswith("clip_fraction"))
+        figures = f"{spent}  {shown}  {tokens_per_second:.0f} tok/s"
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=attempt, figures=figures)
+            return
+        pace = (time.monotonic() - self._stage_started) / max(1, attempt - self._first)
+        self.say(f"{stage} {attempt}/{total}  {figures}  {pace:.1f} s/step  ETA {pace * (total - attempt):.0f} s")
+
+    def end(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = self._task = None

@@ -1,0 +1,260 @@
+"""A run on one screen: start the roles, then per stage one loop of reserve, draw, generate, score, learn, publish.
+
+The driver holds the private records in memory and passes them to the roles; it writes released values only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dprlhf_ray.actors.cluster import ray, session  # first: sets Ray's environment before ray is imported
+from dprlhf_ray.actors.fleet import Fleet
+from dprlhf_ray.actors.learner import LearnerSpec
+from dprlhf_ray.actors.learner_group import LearnerGroup, LearnersRestarted
+from dprlhf_ray.actors.roles import start_accountant, start_scorer
+from dprlhf_ray.config import RLStage, RunConfig
+from dprlhf_ray.data.preflight import check_population, preflight
+from dprlhf_ray.data.sources import Prompts, load_prompts, load_public_prompts
+from dprlhf_ray.errors import BudgetExhausted
+from dprlhf_ray.evaluation.public import Comparison, Evaluation, compare
+from dprlhf_ray.models.embedded import resolve_model
+from dprlhf_ray.observability.gauges import Gauges
+from dprlhf_ray.observability.metrics import MetricsLog, last_value, read_metrics
+from dprlhf_ray.observability.progress import RunProgress
+from dprlhf_ray.observability.report import write_report
+from dprlhf_ray.privacy.certificate import write_certificate
+from dprlhf_ray.privacy.planning import StagePlan, plan_stage
+from dprlhf_ray.privacy.release import Released
+from dprlhf_ray.privacy.sampling import poisson_draw
+from dprlhf_ray.records import Experience, Prompt
+from dprlhf_ray.run_dir import RunDir, open_run_dir, read_json, write_atomically
+from dprlhf_ray.stages.batching import deal
+
+CHECK_SEQUENCES = 6  # public prompts on which engines and learner are compared after each sync
+
+
+@dataclass
+class Roles:
+    """Handles of one stage's roles."""
+
+    accountant: Any
+    scorer: Any
+    fleet: Fleet
+    learners: LearnerGroup
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where the run is and what it gained on public prompts, by stage."""
+
+    run_dir: Path
+    comparisons: dict[str, Comparison]
+
+
+def run(
+    config: RunConfig,
+    output: Path,
+    resume: bool = False,
+    on_step: Callable[[int, Roles], None] | None = None,
+    progress: RunProgress | None = None,
+) -> Result:
+    """Run the configured stages; see `dprlhf run`.
+
+    Args:
+        on_step: called after every published step with (attempt, roles), e.g. to resize the fleet.
+
+    Raises:
+        DprlhfError: with the exit code that the command returns.
+    """
+    preflight(config, output)
+    here = open_run_dir(output, config, resume)
+    comparisons = {}
+    with progress or RunProgress() as show, session(config) as namespace:
+        tokenizer = _tokenizer(config)
+        accountant = start_accountant(config.ledger or str(here.ledger), namespace)
+        plans: list[StagePlan] = []
+        for index, stage in enumerate(config.stages):
+            prompts = load_prompts(config.data[stage.data], tokenizer)
+            check_population(stage, len(prompts))
+            plan = plan_stage(stage, len(prompts))
+            plans.append(plan)
+            ray.get(
+                accountant.declare.remote(
+                    plan.dataset, plan.stage, plan.step, plan.target, plan.delta, stage.privacy.allow_large_delta
+                )
+            )
+            show.say(_plan_line(plan, prompts))
+            with _roles(config, index, plan, here, namespace, accountant, tokenizer) as roles:
+                comparisons[stage.name] = _rl(config, index, plan, here, roles, prompts, tokenizer, show, on_step)
+        write_certificate(here.root, config, plans, ray.get(accountant.status.remote()))
+        write_report(here.root)
+        show.say(f"certificate, report and models are in {output}")
+    return Result(here.root, comparisons)
+
+
+def _rl(
+    config: RunConfig, index: int, plan: StagePlan, here: RunDir, roles: Roles, prompts: Prompts, tokenizer: Any,
+    show: RunProgress, on_step: Callable[[int, Roles], None] | None,
+) -> Comparison:  # fmt: skip
+    """One RL stage: every attempt is paid for before anything private is touched, and published or lost as a whole."""
+    stage, data = config.stages[index], config.data[config.stages[index].data]
+    public = load_public_prompts(config.evaluation, tokenizer, data.prompt_tokens, config.seed, data)
+    log, gauges = MetricsLog(here.root, config.tracking, config.name), Gauges(config.name)
+    roles.learners.wait_ready()
+    show.say(f"learners ready: {roles.learners.info['trainable']} trainable numbers, version {roles.learners.info['version']}")
+    _publish(roles, "publish")
+    before = _before(here, stage, roles, public, show)
+    attempt = ray.get(accountant_spent(roles, stage))
+    show.begin(stage.name, attempt, stage.privacy.steps)
+    baseline = last_value(read_metrics(here.root), stage.name, "private/reward")
+    while attempt < stage.privacy.steps:
+        try:
+            reserved = ray.get(roles.accountant.reserve.remote(stage.name, roles.learners.incarnation))
+            attempt = reserved.attempt
+            drawn = [prompts.items[i] for i in poisson_draw(len(prompts), plan.step.sampling_rate)]
+            experiences = rollout(drawn, stage, roles)
+            baseline = _baseline(stage, baseline, before)
+            shares = [
+                ([ray.put(share)], baseline, reserved.token)
+                for share in deal(experiences, config.learner.num_workers)
+            ]
+            released = _publish(roles, "update", shares)
+        except BudgetExhausted:
+            break
+        except LearnersRestarted as e:
+            show.say(f"{e}; going on from the newest checkpoint")
+            roles.learners.wait_ready()
+            _publish(roles, "publish")
+            continue
+        baseline = next((r.value for r in released if r.name == "private/reward"), baseline)
+        released.append(Released("epsilon_spent", reserved.epsilon_spent or 0.0, "accounting"))
+        if config.evaluation.every and attempt % config.evaluation.every == 0:
+            released.append(Released("public/reward", _evaluate(stage, roles, public).mean, "public_prompts"))
+        if attempt % config.learner.checkpoint_every == 0 or attempt == stage.privacy.steps:
+            head = ray.get(roles.accountant.head.remote())
+            roles.learners.call("save", [(attempt, head)] * config.learner.num_workers)
+        log.write(stage.name, attempt, released)
+        status = roles.fleet.status()
+        gauges.step(stage.name, attempt, reserved.epsilon_spent, released)
+        gauges.fleet(status)
+        show.step(
+            stage.name, attempt, stage.privacy.steps, reserved.epsilon_spent, plan.target, released[:-1],
+            float(status["tokens_per_second"] or 0.0),
+        )  # fmt: skip
+        if on_step is not None:
+            on_step(attempt, roles)
+    show.end()
+    log.close()
+    after = _evaluate(stage, roles, public)
+    roles.learners.call("export", [(str(here.model(stage.name)),)] * config.learner.num_workers)
+    return _conclude(here, stage, public, before, after, config.evaluation.samples, show)
+
+
+def rollout(drawn: list[Prompt], stage: RLStage, roles: Roles) -> list[Experience]:
+    """Generate and score a draw. A record that causes a failure of its own comes back as a null record."""
+    usable = [p for p in drawn if p.token_ids]
+    group = stage.algorithm.completions_per_prompt
+    completions = roles.fleet.generate([p.token_ids for p in usable], group) if usable else []
+    pairs = [(p.text, c.text) for p, row in zip(usable, completions, strict=True) for c in row]
+    rewards = ray.get(roles.scorer.score.remote(pairs)) if pairs else []
+    return [
+        Experience(p, tuple(row), tuple(rewards[i * group : (i + 1) * group]))
+        for i, (p, row) in enumerate(zip(usable, completions, strict=True))
+    ]
+
+
+def _publish(roles: Roles, method: str, arguments: list[tuple[Any, ...]] | None = None) -> list[Released]:
+    """Run a learner command that yields a weight version; bring every replica to it and check them."""
+    released, version, weights, reference = roles.learners.call(method, arguments)
+    roles.fleet.sync(version, ray.get(weights), reference)
+    return list(released)
+
+
+def _baseline(stage: RLStage, released: float | None, before: Evaluation) -> float:
+    """A public constant, or the newest released mean reward; before there is one, that of the public prompts."""
+    if stage.algorithm.baseline == "constant":
+        return stage.algorithm.baseline_value
+    return released if released is not None else before.mean
+
+
+def _evaluate(stage: RLStage, roles: Roles, public: list[Prompt]) -> Evaluation:
+    single = stage.model_copy(update={"algorithm": stage.algorithm.model_copy(update={"completions_per_prompt": 1})})
+    done = rollout(public, single, roles)
+    return Evaluation(tuple(float(e.rewards[0] or 0.0) for e in done), tuple(e.completions[0].text for e in done))
+
+
+def _before(here: RunDir, stage: RLStage, roles: Roles, public: list[Prompt], show: RunProgress) -> Evaluation:
+    """Reward of the untrained policy on public prompts; kept, so that a resumed run compares with the same."""
+    path = here.evaluation(stage.name)
+    if path.exists():
+        kept = read_json(path)["before"]
+        return Evaluation(tuple(kept["rewards"]), tuple(kept["texts"]))
+    before = _evaluate(stage, roles, public)
+    write_atomically(path, json.dumps({"before": asdict(before)}))
+    show.say(f"mean reward on {len(public)} public prompts before: {before.mean:.3f}")
+    return before
+
+
+def _conclude(
+    here: RunDir, stage: RLStage, public: list[Prompt], before: Evaluation, after: Evaluation, samples: int,
+    show: RunProgress,
+) -> Comparison:  # fmt: skip
+    found = compare(before.rewards, after.rewards)
+    texts = [p.text for p in public]
+    tree = {"comparison": found.as_dict(), "prompts": texts, "before": asdict(before), "after": asdict(after)}
+    write_atomically(here.evaluation(stage.name), json.dumps(tree))
+    show.say(
+        f"mean reward on {found.prompts} public prompts: {found.before:.3f} -> {found.after:.3f}, "
+        f"difference {found.difference:+.3f} (95 % interval {found.low:+.3f} to {found.high:+.3f})"
+    )
+    for i in range(min(samples, len(texts))):
+        show.say(f"  {texts[i]!r}\n      before: {before.texts[i]!r}\n      after:  {after.texts[i]!r}")
+    return found
+
+
+@contextmanager
+def _roles(
+    config: RunConfig, index: int, plan: StagePlan, here: RunDir, namespace: str, accountant: Any, tokenizer: Any
+) -> Iterator[Roles]:
+    """Start a stage's roles (they come up side by side) and end them."""
+    stage, data = config.stages[index], config.data[config.stages[index].data]
+    public = load_public_prompts(config.evaluation, tokenizer, None, 0, data)[:CHECK_SEQUENCES]
+    sequences = tuple(p.token_ids[:32] for p in public)
+    path = str(resolve_model(config.model.name))
+    fleet = Fleet(path, config.rollout, stage.generation, config.model.dtype, sequences, namespace=namespace)
+    spec = LearnerSpec(config, index, plan.step, str(here.root), sequences)
+    fleet.start(config.rollout.replicas)
+    learners = LearnerGroup(spec, namespace, "accountant")
+    scorer = start_scorer(stage, namespace)
+    try:
+        yield Roles(accountant, scorer, fleet, learners)
+    finally:
+        learners.stop()
+        fleet.stop()
+        ray.kill(scorer)
+
+
+def accountant_spent(roles: Roles, stage: RLStage) -> Any:
+    """Attempts of the stage charged so far, in this run and those it continues."""
+    return roles.accountant.spent.remote(stage.name)
+
+
+def _plan_line(plan: StagePlan, prompts: Prompts) -> str:
+    s = plan.step
+    bound = "no guarantee (clip only)" if plan.epsilon is None else f"eps {plan.epsilon.pld:.3f} at delta {plan.delta:g}"
+    nulls = f", {prompts.null_count} unusable records count as null" if prompts.null_count else ""
+    return (
+        f"stage {plan.stage}: {s.steps} draws of {s.expected_batch:.0f} of {s.population} records (q {s.sampling_rate:.4f}), "
+        f"noise multiplier {s.noise_multiplier:.4f}, {bound}{nulls}"
+    )
+
+
+def _tokenizer(config: RunConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve_model(config.model.name))

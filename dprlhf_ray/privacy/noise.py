@@ -1,0 +1,47 @@
+"""Gaussian noise, drawn once per coordinate, only under a permit."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dprlhf_ray.privacy.permit import Permit
+
+
+@dataclass(frozen=True)
+class NoisedSum:
+    """A released value: sum + N(0, std^2) per coordinate. `tag` names the permit it was made under."""
+
+    value: Tensor
+    std: float
+    tag: str
+
+
+def _normal(size: torch.Size, std: float, device: torch.device) -> Tensor:
+    """Standard deviation `std`, float64 draws rounded once to float32, from a generator keyed by the operating system."""
+    generator = torch.Generator(device="cpu")
+    generator.manual_seed(secrets.randbits(64) - (1 << 63))
+    return (torch.randn(size, generator=generator, dtype=torch.float64) * std).to(device=device, dtype=torch.float32)
+
+
+def noise_gradient(total: Tensor, permit: Permit) -> NoisedSum:
+    """Add N(0, (sigma C)^2) to a clipped sum; uses up one of the permit's K updates.
+
+    Raises:
+        PermitRefused: the permit has no update left.
+    """
+    std = permit.spend_update()
+    return NoisedSum(total + _normal(total.shape, std, total.device), std, permit.tag)
+
+
+def noise_metrics(total: Tensor, permit: Permit, bound: float) -> NoisedSum:
+    """Add N(0, (sigma_m bound)^2) to the sum of per-unit metric vectors of L2 norm <= bound; once per permit.
+
+    Raises:
+        PermitRefused: the permit's metric release was used, or none was charged.
+    """
+    std = permit.spend_metrics() * bound
+    return NoisedSum(total + _normal(total.shape, std, total.device), std, permit.tag)

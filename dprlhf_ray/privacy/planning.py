@@ -1,0 +1,93 @@
+"""From a config to the one description of a DP step that sampler, clipper, noise, ledger and certificate share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from dprlhf_ray.config import AdapterConfig, RLStage
+from dprlhf_ray.errors import ConfigError
+from dprlhf_ray.privacy import accounting
+from dprlhf_ray.privacy.accounting import EpsilonReport
+from dprlhf_ray.privacy.mechanism import DPStep
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage will spend. epsilon is None where mode is clip_only: nothing is guaranteed."""
+
+    stage: str
+    dataset: str
+    step: DPStep
+    epsilon: EpsilonReport | None
+    target: float | None
+    delta: float
+
+
+def plan_stage(stage: RLStage, size: int) -> StagePlan:
+    """Calibrate the noise of a stage to its target, on the safe side.
+
+    Args:
+        size: rows of the data set; replaced by `declared_size` under add_remove, where the size is private.
+
+    Raises:
+        ConfigError: the target cannot be met, or a setting is refused.
+    """
+    p = stage.privacy
+    population = p.declared_size if p.adjacency == "add_remove" and p.declared_size else size
+    if p.expected_batch > population:
+        raise ConfigError(f"stage {stage.name!r}: privacy.expected_batch {p.expected_batch} exceeds {population} records")
+    step = DPStep(
+        unit=p.unit,
+        adjacency=p.adjacency,
+        population=population,
+        sampling_rate=p.expected_batch / population,
+        noise_multiplier=0.0,
+        clip_norm=p.clip_norm,
+        updates_per_draw=p.updates_per_draw,
+        steps=p.steps,
+        metric_noise_multiplier=p.metric_noise_multiplier,
+    )
+    if p.epsilon is None:
+        return StagePlan(stage.name, stage.data, step, None, None, p.delta)
+    sigma = accounting.calibrate(step, p.epsilon, p.delta, allow_large_delta=p.allow_large_delta)
+    step = replace(step, noise_multiplier=sigma)
+    report = accounting.epsilon(step, p.delta, allow_large_delta=p.allow_large_delta)
+    return StagePlan(stage.name, stage.data, step, report, p.epsilon, p.delta)
+
+
+def trainable_numbers(adapter: AdapterConfig, parameters: int, linears: Mapping[str, tuple[int, int]]) -> int:
+    """d: how many numbers of a model train (without a value head).
+
+    Args:
+        linears: name -> (out, in) of the model's matrices.
+    """
+    if adapter.kind == "full":
+        return parameters
+    targets = {n: s for n, s in linears.items() if n.endswith(tuple(f".{t}" for t in adapter.target_modules))}
+    if adapter.last_layers is not None:
+        number = {n: max((int(part) for part in n.split(".") if part.isdigit()), default=-1) for n in targets}
+        first = max(number.values(), default=0) + 1 - adapter.last_layers
+        targets = {n: s for n, s in targets.items() if number[n] >= first}
+    r = adapter.rank
+    each = {"lora": lambda o, i: r * (o + i), "ffa_lora": lambda o, i: r * o, "lora_xs": lambda o, i: r * r}
+    return sum(each[adapter.kind](*shape) for shape in targets.values())
+
+
+def expectations(stage: RLStage, plan: StagePlan, dimension: int | None) -> dict[str, float | int | None]:
+    """What a step will cost and how much signal can survive, all per step and from public numbers.
+
+    completions, tokens: expected, at most. noise_norm: E |noise| on the mean gradient, about sigma C sqrt(d) / L, to be
+    held against signal_at_most = C (all clipped gradients aligned) and sampling_noise = C / sqrt(L) (none aligned).
+    """
+    s = plan.step
+    completions = s.expected_batch * stage.algorithm.completions_per_prompt
+    noise = None if dimension is None else s.noise_multiplier * s.clip_norm * dimension**0.5 / s.expected_batch
+    return {
+        "trainable": dimension,
+        "completions_per_step": completions,
+        "tokens_per_step": completions * stage.generation.max_new_tokens,
+        "signal_at_most": s.clip_norm,
+        "sampling_noise": s.clip_norm / s.expected_batch**0.5,
+        "noise_norm": noise,
+    }

@@ -1,0 +1,73 @@
+"""The run directory: what is in it, and whether a run may start or continue there."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dprlhf_ray import config as cfg
+from dprlhf_ray.config import RunConfig
+from dprlhf_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run; everything in here is released, except `private/`, which is only made when asked for."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.db"
+
+    def model(self, stage: str) -> Path:
+        return self.root / "models" / stage
+
+    def evaluation(self, stage: str) -> Path:
+        return self.root / f"evaluation-{stage}.json"
+
+
+def open_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
+    """Make a run's folder, or continue in the one that is there.
+
+    Raises:
+        ConfigError: a run is there already and resume was not asked for; or its config differs; or it cannot be made.
+    """
+    here = RunDir(root.resolve())
+    if here.config.exists():
+        if not resume:
+            raise ConfigError(f"--output {root}: a run is there already; continue it with --resume or name another folder")
+        known = cfg.parse(yaml.safe_load(here.config.read_text(encoding="utf-8")), str(here.config))
+        different = [k for k in RunConfig.model_fields if getattr(known, k) != getattr(config, k) and k not in ("ray", "rollout")]
+        if different:
+            raise ConfigError(f"--resume: {different[0]} differs from {here.config}; resume with the config it started with")
+        return here
+    try:
+        here.root.mkdir(parents=True, exist_ok=True)
+        write_atomically(here.config, cfg.dump(config))
+    except OSError as e:
+        raise ConfigError(f"--output {root}: cannot write there ({e.strerror})") from None
+    return here
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write through a temporary file and a rename, so that a reader never sees half a file."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,83 @@
+"""A draw of experiences as padded micro-batches. Everything here is PRIVATE and pure torch.
+
+Ordering by length and cutting by a token budget happen after sampling and change speed only: sums over units do not
+depend on how units are cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dprlhf_ray.records import Completion, Experience, Prompt
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """U units with G rows each, unit-major. tokens (U*G, L), prompt_lengths (U*G,), responses (U*G, T), mask (U, G, T),
+    rewards (U, G), valid (U,): False for padding units."""
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    responses: Tensor
+    mask: Tensor
+    rewards: Tensor
+    valid: Tensor
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        return MicroBatch(**{k: v.to(device) for k, v in vars(self).items()})
+
+
+def plan(experiences: Sequence[Experience], group: int, token_budget: int, max_units: int, pad_id: int) -> list[MicroBatch]:
+    """Micro-batches of the non-null units, longest first, at most `token_budget` padded tokens and `max_units` units each
+    (one unit at least). Null records are left out: they contribute exactly zero."""
+    units = sorted((e for e in experiences if not e.is_null), key=_longest, reverse=True)
+    batches, start = [], 0
+    while start < len(units):
+        width = _longest(units[start])
+        count = max(1, min(max_units, token_budget // max(1, width * group)))
+        batches.append(collate(units[start : start + count], group, pad_id))
+        start += count
+    return batches
+
+
+def empty(group: int, pad_id: int) -> MicroBatch:
+    """A micro-batch of one padding unit: keeps ranks in step when they hold unequal numbers of micro-batches."""
+    filler = Completion((pad_id,), "", False, -1)
+    unit = Experience(Prompt(-1, (pad_id,), ""), (filler,) * group, (0.0,) * group)
+    batch = collate([unit], group, pad_id)
+    return MicroBatch(**{**vars(batch), "valid": torch.zeros(1, dtype=torch.bool)})
+
+
+def collate(units: Sequence[Experience], group: int, pad_id: int) -> MicroBatch:
+    rows = [(e.prompt.token_ids, c.token_ids) for e in units for c in e.completions]
+    longest = max(len(p) + len(c) for p, c in rows)
+    width = max(1, max(len(c) for _, c in rows))
+    tokens = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    responses = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), width)
+    for i, (p, c) in enumerate(rows):
+        tokens[i, : len(p) + len(c)] = torch.tensor(p + c)
+        responses[i, : len(c)] = torch.tensor(c, dtype=torch.long)
+        mask[i, : len(c)] = 1.0
+    return MicroBatch(
+        tokens=tokens,
+        prompt_lengths=torch.tensor([len(p) for p, _ in rows]),
+        responses=responses,
+        mask=mask.view(len(units), group, width),
+        rewards=torch.tensor([[float(r or 0.0) for r in e.rewards] for e in units]),
+        valid=torch.ones(len(units), dtype=torch.bool),
+    )
+
+
+def deal(experiences: Sequence[Experience], ranks: int) -> list[list[Experience]]:
+    """Share a draw among learner ranks, by length so that ranks get equal work. Sums do not depend on who holds a unit."""
+    ordered = sorted(experiences, key=_longest, reverse=True)
+    return [list(ordered[r::ranks]) for r in range(ranks)]
+
+
+def _longest(e: Experience) -> int:
+    return len(e.prompt.token_ids) + max((len(c.token_ids) for c in e.completions), default=0)

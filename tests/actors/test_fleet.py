@@ -1,0 +1,206 @@
+"""The fleet on real Ray with real engines: replicas die, come, go and lie, and every completion is still right."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from dprlhf_ray.actors.fleet import Fleet
+from dprlhf_ray.actors.rollout import RolloutActor
+from dprlhf_ray.actors.sync_check import disagreement
+from dprlhf_ray.config import GenerationConfig, RolloutConfig
+from dprlhf_ray.errors import RolloutFailed, SyncFailed
+
+SEQUENCES = [tuple(range(5, 25)), tuple(range(40, 70, 2))]
+PROMPTS = [(10 + i % 200, 20, 30) for i in range(120)]
+
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture
+def fleets() -> Iterator[list[Fleet]]:
+    opened: list[Fleet] = []
+    yield opened
+    for fleet in opened:
+        fleet.stop()
+    time.sleep(0.2)  # names of dead actors
+
+
+class Learner:
+    """Stands for the learner: a model that moves, its weights and its log-probabilities."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def move(self, scale: float = 0.05) -> None:
+        with torch.no_grad():
+            for value in self.weights().values():
+                value += scale * torch.randn_like(value)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {n: p.data for n, p in self.model.named_parameters() if "q_proj" in n or "v_proj" in n}
+
+    @torch.no_grad()
+    def log_probs(self) -> list[list[float]]:
+        rows = []
+        for ids in SEQUENCES:
+            tokens = torch.tensor([ids])
+            logits = self.model(tokens).logits[0, :-1]
+            rows.append(logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0].tolist())
+        return rows
+
+    def sync(self, fleet: Fleet, version: int) -> None:
+        fleet.sync(version, self.weights(), self.log_probs())
+
+
+@pytest.fixture
+def make(tiny_model: Path, fleets: list[Fleet]) -> Callable[..., Fleet]:
+    def build(replicas: int, new_tokens: int = 12, engine: str = "transformers", **options: object) -> Fleet:
+        rollout = RolloutConfig(engine=engine, max_num_seqs=16, threads=1, max_model_len=120, kv_cache_gib=0.1)
+        generation = GenerationConfig(max_new_tokens=new_tokens, stop_at_eos=False)
+        name = f"fleet-{time.monotonic_ns()}"
+        fleet = Fleet(
+            str(tiny_model), rollout, generation, "float32", SEQUENCES, namespace=name, recovery_timeout_s=60, **options
+        )
+        fleet.start(replicas)
+        fleets.append(fleet)
+        fleet.test_namespace = name  # type: ignore[attr-defined]
+        return fleet
+
+    return build
+
+
+def pid_of(fleet: Fleet, slot: int) -> int:
+    actor = ray.get_actor(f"rollout-{slot}", namespace=fleet.test_namespace)  # type: ignore[attr-defined]
+    return ray.get(actor.apply.remote(RolloutActor.pid))
+
+
+def wait_for_healthy(fleet: Fleet, count: int, version: int) -> None:
+    deadline = time.monotonic() + 60
+    while fleet.status()["healthy"] != count:
+        assert time.monotonic() < deadline, fleet.status()
+        rows = fleet.generate(PROMPTS[:2], 1)
+        assert all(c.version == version for row in rows for c in row)
+
+
+def test_a_replica_killed_while_it_generates_loses_nothing_and_is_synced_before_it_serves_again(
+    make: Callable[..., Fleet], tiny_model: Path
+) -> None:
+    fleet, learner = make(2, new_tokens=100), Learner(tiny_model)
+    learner.move()
+    learner.sync(fleet, 1)
+    wait_for_healthy(fleet, 2, 1)
+    victim = pid_of(fleet, 1)
+    killer = threading.Timer(0.5, os.kill, (victim, signal.SIGKILL))
+    killer.start()
+    rows = fleet.generate(PROMPTS, 2)
+    killer.join()
+    assert fleet.status()["restarts"] == 1, "the kill came too late to test anything"
+    assert [len(row) for row in rows] == [2] * len(PROMPTS)
+    assert all(c.version == 1 and len(c.token_ids) == 100 for row in rows for c in row)
+    # The new replica passes the same check against the learner, or this would raise SyncFailed.
+    wait_for_healthy(fleet, 2, 1)
+    learner.move()
+    learner.sync(fleet, 2)
+    assert all(c.version == 2 for row in fleet.generate(PROMPTS[:8], 1) for c in row)
+
+
+def test_replicas_can_be_added_and_removed_between_steps_and_within_one(
+    make: Callable[..., Fleet], tiny_model: Path
+) -> None:
+    fleet, learner = make(1), Learner(tiny_model)
+    learner.sync(fleet, 0)
+    fleet.resize(2)
+    wait_for_healthy(fleet, 2, 0)
+    learner.move()
+    learner.sync(fleet, 1)
+    shrink = threading.Timer(0.1, fleet.resize, (1,))
+    shrink.start()
+    rows = fleet.generate(PROMPTS, 1)
+    shrink.join()
+    assert all(len(row) == 1 and row[0].version == 1 for row in rows)
+    fleet.generate(PROMPTS[:2], 1)
+    assert fleet.status()["healthy"] == 1 and fleet.status()["restarts"] == 0
+
+
+def test_a_stale_engine_is_found_even_when_the_update_is_far_below_the_tolerance(
+    make: Callable[..., Fleet], tiny_model: Path
+) -> None:
+    class StaleActor(RolloutActor):
+        def load(self, handle):  # type: ignore[no-untyped-def]
+            self._engine.version = handle.version
+            return handle.version
+
+    fleet, learner = make(1, actor_class=StaleActor), Learner(tiny_model)
+    learner.sync(fleet, 0)
+    before = learner.log_probs()
+    learner.move(0.001)
+    after = learner.log_probs()
+    assert disagreement(before, after, 0.05) is None, "the update is too large for this test"
+    with pytest.raises(SyncFailed, match="not at all"):
+        learner.sync(fleet, 1)
+    with pytest.raises(SyncFailed, match="sync_tolerance"):
+        learner.move(0.3)
+        learner.sync(fleet, 2)
+
+
+def test_vllm_serves_and_its_packed_weights_would_be_found_stale(make: Callable[..., Fleet], tiny_model: Path) -> None:
+    class PackingActor(RolloutActor):
+        def __init__(self, *args):  # type: ignore[no-untyped-def]
+            from dprlhf_ray.actors.engines import vllm
+
+            vllm._disable_weight_packing = lambda: None
+            super().__init__(*args)
+
+    good, packing = make(1, engine="vllm"), make(1, engine="vllm", actor_class=PackingActor)
+    learner = Learner(tiny_model)
+    learner.sync(good, 0)
+    learner.sync(packing, 0)
+    learner.move()
+    learner.sync(good, 1)
+    assert all(row[0].version == 1 for row in good.generate(PROMPTS, 1))
+    with pytest.raises(SyncFailed):
+        learner.sync(packing, 1)
+
+
+def test_an_error_in_a_replica_is_retried_elsewhere_and_gives_up_loudly_without_its_message(
+    make: Callable[..., Fleet], tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class FailingActor(RolloutActor):
+        def generate(self, prompts, completions_per_prompt):  # type: ignore[no-untyped-def]
+            raise ValueError(f"private prompt {prompts}")
+
+    fleet = make(1, actor_class=FailingActor, max_restarts=1)
+    Learner(tiny_model).sync(fleet, 0)
+    with pytest.raises(RolloutFailed) as raised:
+        fleet.generate([(33, 34, 35)], 1)
+    assert "ValueError" in str(raised.value)
+    assert "private" not in caplog.text + str(raised.value) and "33, 34" not in caplog.text
+
+
+def test_a_sync_that_forgets_a_tensor_an_earlier_one_changed_is_refused(
+    make: Callable[..., Fleet], tiny_model: Path
+) -> None:
+    fleet, learner = make(1), Learner(tiny_model)
+    learner.sync(fleet, 0)
+    fewer = dict(list(learner.weights().items())[1:])
+    with pytest.raises(SyncFailed, match="lacks"):
+        fleet.sync(1, fewer, learner.log_probs())
+
+
+def test_disagreement_refuses_nan_and_other_shapes() -> None:
+    assert disagreement([[float("nan")]], [[-1.0]], 0.1)
+    assert disagreement([[-1.0, -1.0]], [[-1.0]], 0.1)
+    assert disagreement([], [], 0.1)
+    assert disagreement([[-1.05]], [[-1.0]], 0.1) is None

@@ -1,0 +1,152 @@
+"""Reading prompts: every row keeps its slot, one bad record is a null record, nothing private is printed."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from dprlhf_ray.config import DataConfig, EvaluationConfig
+from dprlhf_ray.data.embedded import MOVIE_REVIEWS, POPULATION, PUBLIC_OPENINGS, ROWS, prepare_reviews, read_embedded
+from dprlhf_ray.data.sources import load_prompts, load_public_prompts
+from dprlhf_ray.errors import ConfigError
+
+SECRET = "zebra-7731"
+TEXTS = ["a good film", f"the story {SECRET}", "one that you will like"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def write(folder: Path, kind: str) -> Path:
+    rows = [{"prompt": t, "id": i} for i, t in enumerate(TEXTS)]
+    path = folder / f"data.{kind}"
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    if kind == "jsonl":
+        path.write_text(lines)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as out:
+            writer = csv.DictWriter(out, ["prompt", "id"])
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "parquet", "csv"])
+def test_every_file_kind_gives_the_same_prompts(kind: str, tmp_path: Path, tokenizer: Any) -> None:
+    prompts = load_prompts(DataConfig(source=str(write(tmp_path, kind))), tokenizer)
+    assert [p.text for p in prompts.items] == TEXTS
+    assert [p.slot for p in prompts.items] == [0, 1, 2]
+    assert prompts.null_count == 0
+    assert all(p.token_ids == tuple(tokenizer(p.text).input_ids) for p in prompts.items)
+
+
+def test_bad_records_become_null_in_their_own_slot_and_leave_the_others_alone(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = json.dumps({"prompt": "a good film"}).encode()
+    bad = [
+        b'{"prompt": "' + SECRET.encode(),  # broken JSON
+        b"",
+        b'{"prompt": null}',
+        b'{"prompt": 7}',
+        b'{"prompt": "  "}',
+        b'{"other": "x"}',
+        b"[1, 2]",
+        b'{"prompt": "\xff\xfe"}',  # not UTF-8
+        b'{"prompt": "\\ud800"}',  # half a surrogate pair
+        b'{"prompt": [{"role": "user"}]}',
+        json.dumps({"prompt": SECRET * 100}).encode(),  # too long
+        b"[" * 100_000,  # deeper than the parser goes
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\n".join(line for b in bad for line in (b, good)) + b"\n")
+    prompts = load_prompts(DataConfig(source=str(path), max_prompt_tokens=64), tokenizer)
+    assert [p.slot for p in prompts.items] == list(range(2 * len(bad)))
+    assert [bool(p.token_ids) for p in prompts.items] == [False, True] * len(bad)
+    assert all(p.text == "" for p in prompts.items[::2])
+    assert prompts.null_count == len(bad)
+    said = "".join(capfd.readouterr()) + caplog.text
+    assert said == "" and SECRET not in repr(prompts) + repr(prompts.items)
+
+
+def test_prompt_tokens_keeps_the_first_tokens_of_each_record(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path, "jsonl")
+    short = load_prompts(DataConfig(source=str(path), prompt_tokens=2), tokenizer).items
+    whole = load_prompts(DataConfig(source=str(path)), tokenizer).items
+    for s, w in zip(short, whole, strict=True):
+        assert s.token_ids == w.token_ids[:2] and w.text.startswith(s.text) and s.text
+
+
+def test_columns_are_remapped(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"body": "a good film"}\n')
+    assert (
+        load_prompts(DataConfig(source=str(path), columns={"prompt": "body"}), tokenizer).items[0].text == "a good film"
+    )
+
+
+def test_messages_and_chat_template_end_with_a_generation_prompt(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": [{"role": "user", "content": "like"}]}\n{"prompt": "like"}\n')
+    listed, wrapped = load_prompts(DataConfig(source=str(path), chat_template=True), tokenizer).items
+    assert tokenizer.decode(listed.token_ids) == "user: like\nassistant:"
+    assert wrapped.token_ids == listed.token_ids and listed.text == "like"
+
+
+def refused(source: Path, tokenizer: Any, **settings: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_prompts(DataConfig(source=str(source), **settings), tokenizer)
+    message = str(caught.value)
+    assert "\n" not in message and SECRET not in message
+    return message
+
+
+def test_bad_data_sets_are_refused_in_one_line_without_content(tmp_path: Path, tokenizer: Any) -> None:
+    assert "no such file" in refused(tmp_path / "missing.jsonl", tokenizer)
+    (tmp_path / "d.txt").write_text(SECRET)
+    assert "unsupported kind of file" in refused(tmp_path / "d.txt", tokenizer)
+    for kind in ("jsonl", "json", "parquet", "csv"):
+        message = refused(write(tmp_path, kind), tokenizer, columns={"prompt": "question"})
+        assert "no column 'question'; its columns are: prompt, id" in message
+    (tmp_path / "e.jsonl").write_text("")
+    assert "is empty" in refused(tmp_path / "e.jsonl", tokenizer)
+    (tmp_path / "n.jsonl").write_text('{"prompt": null}\n')
+    assert "not one usable record of 1" in refused(tmp_path / "n.jsonl", tokenizer)
+    for name in ("b.json", "b.parquet", "b.jsonl.gz"):
+        (tmp_path / name).write_text('{"' + SECRET)
+        refused(tmp_path / name, tokenizer)
+
+
+def test_embedded_reviews_are_complete_and_the_public_part_shares_no_text_with_the_private() -> None:
+    with prepare_reviews().open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    assert len(rows) == ROWS and [r["id"] for r in rows] == list(range(1, ROWS + 1))
+    assert all(r["text"] and -4 <= r["rating"] <= 4 for r in rows)
+    private, public = read_embedded(MOVIE_REVIEWS), read_embedded(PUBLIC_OPENINGS)
+    assert (len(private), len(public)) == (POPULATION[MOVIE_REVIEWS], POPULATION[PUBLIC_OPENINGS]) == (8990, 1600)
+    assert not {t.lower() for t in private} & {t.lower() for t in public}
+
+
+def test_public_prompts_depend_on_the_public_seed_only(tokenizer: Any) -> None:
+    evaluation = EvaluationConfig(prompts=20)
+    first = load_public_prompts(evaluation, tokenizer, 5, seed=1)
+    assert first == load_public_prompts(evaluation, tokenizer, 5, seed=1)
+    assert first != load_public_prompts(evaluation, tokenizer, 5, seed=2)
+    assert len(first) == 20 and all(0 < len(p.token_ids) <= 5 for p in first)

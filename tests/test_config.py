@@ -1,0 +1,184 @@
+"""Bad configs and bad data: each kind is refused with one clear line and exit code 2, before anything heavy starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dprlhf_ray.config import dump, load, parse
+from dprlhf_ray.data.preflight import Facts, preflight
+from dprlhf_ray.errors import ConfigError
+
+
+def tree(**sections: Any) -> dict[str, Any]:
+    """A good config, with some top-level sections replaced."""
+    return {"stages": [{"privacy": {"epsilon": 8.0}}], **sections}
+
+
+def stage(privacy: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    return tree(stages=[{"privacy": {"epsilon": 8.0, **(privacy or {})}, **settings}])
+
+
+def line_of(refused: Callable[[], Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        refused()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400 and caught.value.exit_code == 2
+    return message
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (tree(modle={"name": "x"}), "config: modle: unknown key; did you mean 'model'?"),
+        (stage({"epsilom": 1}), "config: stages.0.privacy.epsilom: unknown key; did you mean 'epsilon'?"),
+        (
+            stage(algorithm={"kind": "reinforce", "clip_rnge": 0.1}),
+            "config: stages.0.algorithm.clip_rnge: unknown key; did you mean 'clip_range'?",
+        ),
+        (tree(data={"a": {"surce": "x"}}), "config: data.a.surce: unknown key; did you mean 'source'?"),
+        (stage({"steps": "many"}), "config: stages.0.privacy.steps: should be a whole number (got 'many')"),
+        (tree(model="embedded"), "config: model: should be a section of keys and values (got 'embedded')"),
+        (
+            tree(model={"adapter": {"kind": "lorra"}}),
+            "config: model.adapter.kind: should be 'lora', 'ffa_lora', 'lora_xs' or 'full' (got 'lorra')",
+        ),
+        (
+            tree(stages=[{"privacy": {}}]),
+            "config: stages.0.privacy: epsilon is not set: give a target such as 8.0 "
+            "(a missing epsilon never means no limit)",
+        ),
+        (tree(stages=[{}]), "config: stages.0.privacy: this key is required"),
+        (stage({"epsilon": -1}), "config: stages.0.privacy.epsilon: should be greater than 0 (got -1)"),
+        (stage({"epsilon": float("nan")}), "config: stages.0.privacy.epsilon: should be a finite number (got nan)"),
+        (stage({"delta": 1.5}), "config: stages.0.privacy.delta: should be less than 1 (got 1.5)"),
+        (
+            stage(data="privte"),
+            "config: stage 'rl' uses data set 'privte', which is not declared under data: ['reviews']",
+        ),
+        (
+            stage(algorithm={"kind": "rloo"}),
+            "config: stages.0.algorithm: completions_per_prompt must be at least 2 for rloo (reinforce works with 1)",
+        ),
+        (
+            tree(rollout={"max_model_len": 64}),
+            "config: rollout.max_model_len is 64, but prompts of up to 256 tokens and 24 new tokens need 280",
+        ),
+        (
+            stage(scorer={"kind": "python"}),
+            'config: stages.0.scorer: function is required for kind python, e.g. "my_rewards:score"',
+        ),
+    ],
+)
+def test_bad_values_are_one_line_that_names_key_fault_and_remedy(bad: dict[str, Any], says: str) -> None:
+    if "rollout" not in bad:
+        bad = {**bad, "rollout": {"max_model_len": 512}}
+    assert line_of(lambda: parse(bad)) == says
+
+
+def test_bad_config_files_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    assert line_of(lambda: load(path)) == f"{path}: no such config file"
+    path.write_text("stages: [\n  name: x: y\n")
+    assert line_of(lambda: load(path)).startswith(f"{path}: line 2 is not valid YAML")
+    path.write_text("- a\n")
+    assert line_of(lambda: load(path)) == f"{path}: a config is a mapping of keys to values, not list"
+    path.write_bytes(b"\xff\xfe\x00a")
+    assert "is not valid YAML" in line_of(lambda: load(path))
+
+
+def test_overrides_reach_list_items_and_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(dump(parse(good(Path("embedded")))))
+    config = load(path, ["stages.0.privacy.delta=1e-6", "model.adapter.rank=8"])
+    assert (config.stages[0].privacy.delta, config.model.adapter.rank) == (1e-6, 8)
+    assert line_of(lambda: load(path, ["model.adapter.rank"])).endswith("write it as key.subkey=value")
+    assert "should be an index below 1" in line_of(lambda: load(path, ["stages.3.name=x"]))
+
+
+def good(folder: Path, **sections: Any) -> dict[str, Any]:
+    return tree(
+        **{
+            "model": {"name": str(folder)},
+            "data": {"reviews": {"prompt_tokens": 5}},
+            "rollout": {"max_model_len": 64},
+            **sections,
+        }
+    )
+
+
+def check(folder: Path, output: Path | None = None, available_gib: float = 64.0, **sections: Any) -> Facts:
+    return preflight(parse(good(folder, **sections)), output, available_gib)
+
+
+def test_preflight_accepts_a_good_config_and_knows_the_population(tiny_model: Path, tmp_path: Path) -> None:
+    facts = check(tiny_model, tmp_path / "runs" / "a")
+    assert facts.population == 8990
+    assert facts.model is not None and facts.model.max_positions == 256
+    assert facts.memory_needed is not None and 1 < facts.memory_needed < 8
+
+
+def test_preflight_refuses_bad_models_in_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "no-model"
+    assert "no readable" in line_of(lambda: check(missing))
+    line = line_of(lambda: check(tiny_model, available_gib=2.0))
+    assert "does not fit this machine: about 3.0 GiB are needed" in line and "there are 2.0 GiB" in line
+    line = line_of(lambda: check(tiny_model, model={"name": str(tiny_model), "adapter": {"target_modules": ["qproj"]}}))
+    assert "'qproj' matches no layer" in line and "k_proj, o_proj, q_proj, up_proj, v_proj" in line
+    line = line_of(lambda: check(tiny_model, rollout={"max_model_len": 4096}))
+    assert line.startswith("rollout.max_model_len: 4096 tokens, but") and line.endswith("at most 256: use at most that")
+
+
+def test_preflight_refuses_bad_data_in_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    def with_source(path: Path | str, **settings: Any) -> str:
+        reviews = {"source": str(path), "prompt_tokens": 5, **settings}
+        return line_of(lambda: check(tiny_model, data={"reviews": reviews}))
+
+    path = tmp_path / "d.jsonl"
+    assert "no such file" in with_source(path)
+    path.write_text("")
+    assert "the data set is empty" in with_source(path)
+    path.write_text('{"text": "a", "stars": 1}\n' * 500)
+    assert "no column 'prompt'; its columns are: text, stars" in with_source(path)
+    columns = {"prompt": "text"}
+    path.write_text('{"text": "a"}\n' * 50)
+    assert "expected_batch is 400, but data set 'reviews' has 50 records: use at most 50" in with_source(
+        path, columns=columns
+    )
+    assert "no such embedded data set; there are: embedded:movie-reviews" in with_source("embedded:tweets")
+    assert "evaluation needs public prompts" in with_source("embedded:public-openings")
+
+
+def test_preflight_refuses_delta_of_at_least_one_over_n_unless_overridden(tiny_model: Path) -> None:
+    bad = [{"privacy": {"epsilon": 8, "delta": 1e-3}}]
+    line = line_of(lambda: check(tiny_model, stages=bad))
+    assert "privacy.delta is 0.001, which is not below 1/N = 0.00011 for data set 'reviews' (8990 records)" in line
+    bad[0]["privacy"]["allow_large_delta"] = True
+    assert check(tiny_model, stages=bad).population == 8990
+
+
+def test_preflight_refuses_a_scorer_that_cannot_be_imported(tiny_model: Path) -> None:
+    def with_function(name: str) -> str:
+        scorer = {"kind": "python", "function": name}
+        return line_of(lambda: check(tiny_model, stages=[{"privacy": {"epsilon": 8}, "scorer": scorer}]))
+
+    assert "module 'no_such_rewards' cannot be imported" in with_function("no_such_rewards:score")
+    assert "module 'math' has no function 'score'" in with_function("math:score")
+    assert "write 'score' as \"package.module:function\"" in with_function("score")
+
+
+def test_preflight_refuses_an_output_that_cannot_be_made(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = line_of(lambda: check(tiny_model, tmp_path / "file" / "run"))
+    assert line.endswith("is a file: give a folder that can be made")
+
+
+def test_preflight_starts_nothing_heavy() -> None:
+    """Were torch or ray imported here, a bad config would be refused only after seconds."""
+    code = "import sys, dprlhf_ray.data.preflight; print([m for m in ('torch', 'ray', 'vllm') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
