@@ -99,6 +99,7 @@ class Fleet:
         self._published: _Published | None = None
         self._incarnations: dict[int, int] = {}
         self._restarts = 0
+        self._last_failure = "none failed: still starting"
         self._tokens_per_second = 0.0
         self._sync_seconds = 0.0
 
@@ -339,6 +340,7 @@ class Fleet:
     def _replace(self, replica: _Replica, reason: str) -> None:
         self._remove(replica)
         self._restarts += 1
+        self._last_failure = f"{replica.name}: {reason}"
         if self._restarts > self._max_restarts:
             raise RolloutFailed(f"{replica.name} failed ({reason}); {self._max_restarts} restarts were used up")
         _log.warning("%s failed: %s. A new one starts and is synced before it serves.", replica.name, reason)
@@ -359,7 +361,9 @@ class Fleet:
             if any(r.actor_id is not None for r in self._replicas.values()):
                 return
             if time.monotonic() > deadline:
-                raise RolloutFailed(f"no rollout replica is up after {self._recovery_timeout_s:.0f} s")
+                raise RolloutFailed(
+                    f"no rollout replica is up after {self._recovery_timeout_s:.0f} s (last: {self._last_failure})"
+                )
             time.sleep(0.05)
 
 

@@ -155,7 +155,7 @@ def test_a_stale_engine_is_found_even_when_the_update_is_far_below_the_tolerance
         learner.sync(fleet, 2)
 
 
-def test_vllm_serves_and_its_packed_weights_would_be_found_stale(make: Callable[..., Fleet], tiny_model: Path) -> None:
+def test_vllm_serves_and_with_packed_weights_it_never_does(make: Callable[..., Fleet], tiny_model: Path) -> None:
     class PackingActor(RolloutActor):
         def __init__(self, *args):  # type: ignore[no-untyped-def]
             from dprlhf_ray.actors.engines import vllm
@@ -163,14 +163,14 @@ def test_vllm_serves_and_its_packed_weights_would_be_found_stale(make: Callable[
             vllm._disable_weight_packing = lambda: None
             super().__init__(*args)
 
-    good, packing = make(1, engine="vllm"), make(1, engine="vllm", actor_class=PackingActor)
+    good, packing = make(1, engine="vllm"), make(1, engine="vllm", actor_class=PackingActor, max_restarts=0)
     learner = Learner(tiny_model)
     learner.sync(good, 0)
-    learner.sync(packing, 0)
     learner.move()
     learner.sync(good, 1)
     assert all(row[0].version == 1 for row in good.generate(PROMPTS, 1))
-    with pytest.raises(SyncFailed):
+    # The check finds it where vLLM keeps a stale copy; where it dropped the original, loading fails.
+    with pytest.raises((SyncFailed, RolloutFailed)):
         learner.sync(packing, 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class TransformersEngine(Engine):
         from transformers import AutoModelForCausalLM
 
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
         self._model = model.to(self._device).eval()
         self._generator = torch.Generator(self._device).manual_seed(secrets.randbits(63))
         if rollout.threads:

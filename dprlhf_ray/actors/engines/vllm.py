@@ -68,10 +68,11 @@ class VllmEngine(Engine):
 
         if not on_gpu:
             _disable_weight_packing()
-        memory = {} if on_gpu else {"kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30)}
+        settings: dict[str, Any] = {"dtype": dtype}
+        if not on_gpu:
+            settings["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)
         self._llm = LLM(
             model=model_path,
-            dtype=dtype,
             skip_tokenizer_init=True,
             tensor_parallel_size=rollout.tensor_parallel_size,
             max_model_len=rollout.max_model_len,
@@ -81,7 +82,7 @@ class VllmEngine(Engine):
             worker_extension_cls=_EXTENSION,
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            **memory,
+            **settings,
         )
         # vLLM seeds its sampler with the constant 0.
         self._llm.collective_rpc("seed_sampler", args=(secrets.randbits(63),))
