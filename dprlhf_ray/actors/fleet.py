@@ -12,11 +12,11 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
-from ray.rllib.utils.actor_manager import FaultTolerantActorManager
+from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
 
 from dprlhf_ray.actors.engines.vllm import environment
 from dprlhf_ray.actors.rollout import Failure, RolloutActor
@@ -181,7 +181,7 @@ class Fleet:
         results = self._manager.foreach_actor(
             "log_probs", kwargs={"sequences": self._check_sequences}, remote_actor_ids=ids, timeout_seconds=limit
         )
-        answers = {r.actor_id: r.get() for r in results if r.ok}
+        answers = {r.actor_id: r.get() for r in cast("list[CallResult]", list(results)) if r.ok}
         for actor_id, replica in serving.items():
             answer = answers.get(actor_id, Failure("no answer", "sync"))
             if isinstance(answer, Failure):
@@ -226,7 +226,7 @@ class Fleet:
                         self._manager.foreach_actor_async(
                             "generate",
                             kwargs={"prompts": batch, "completions_per_prompt": completions_per_prompt},
-                            remote_actor_ids=[replica.actor_id],
+                            remote_actor_ids=[cast(int, replica.actor_id)],
                         )
                         running[replica.slot] = (chunk, time.monotonic())
                 if not running:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 
-class Handle(Protocol):
+@dataclass(frozen=True)
+class Handle:
     """What travels in a message in place of the weights."""
 
     version: int

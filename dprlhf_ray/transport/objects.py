@@ -10,14 +10,13 @@ import ray
 import torch
 
 from dprlhf_ray.errors import SyncFailed
+from dprlhf_ray.transport.base import Handle
 
 
 @dataclass(frozen=True)
-class ObjectHandle:
+class ObjectHandle(Handle):
     """A reference into the object store, with the SHA-256 of what it must resolve to."""
 
-    version: int
-    names: tuple[str, ...]
     sha256: str
     ref: ray.ObjectRef
 
@@ -30,8 +29,10 @@ class ObjectStoreTransport:
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         return ObjectHandle(version, tuple(tensors), checksum(tensors), ray.put(tensors))
 
-    def receive(self, handle: ObjectHandle) -> dict[str, torch.Tensor]:
+    def receive(self, handle: Handle) -> dict[str, torch.Tensor]:
         """Fetch and verify. Raises SyncFailed when the checksum differs."""
+        if not isinstance(handle, ObjectHandle):
+            raise TypeError(f"a handle of another transport: {type(handle).__name__}")
         tensors: dict[str, torch.Tensor] = ray.get(handle.ref)
         if checksum(tensors) != handle.sha256:
             raise SyncFailed(f"weight version {handle.version} arrived damaged: its checksum is not the learner's")

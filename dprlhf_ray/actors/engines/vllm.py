@@ -98,7 +98,7 @@ class VllmEngine(Engine):
         self._scoring = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        outputs = self._llm.generate(_as_tokens(sequences), self._scoring, use_tqdm=False)
+        outputs: list[Any] = self._llm.generate(_as_tokens(sequences), self._scoring, use_tqdm=False)
         return [
             [entry[token].logprob for token, entry in zip(ids[1:], out.prompt_logprobs[1:], strict=True)]
             for ids, out in zip(sequences, outputs, strict=True)
