@@ -1,9 +1,9 @@
 """A DP step over the same step without clipping and noise: time and peak memory, the embedded model, 2 cores.
 
-Both sides train the same adapter on the same 128 records (5 + 24 tokens, one completion each) with the same micro-batches
-and AdamW. The plain side is an ordinary loop of `loss.sum().backward()` and `optimizer.step()`; the private side takes
-per-record gradients, clips, adds noise and writes the result for the optimizer. They take turns inside one process for
-the time; peak memory is that of one process each.
+Both sides train the same adapter on the same 128 records (5 + 24 tokens, one completion each) with the same
+micro-batches and AdamW. The plain side is an ordinary loop of `loss.sum().backward()` and `optimizer.step()`; the
+private side takes per-record gradients, clips, adds noise and writes the result for the optimizer. They take turns
+inside one process for the time; peak memory is that of one process each.
 
     python -m benchmarks.dp_step [--adapter lora|lora_xs] [--repeats 5]
 """
@@ -52,14 +52,16 @@ def build(side: str, adapter: str) -> Callable[[], None]:
             "stages": [{"privacy": {"mode": "clip_only", "clip_norm": 0.1, "expected_batch": RECORDS}}],
         }
     )  # fmt: skip
-    policy = load_policy(embedded_model_path(), config.model, 0)
+    policy = load_policy(embedded_model_path(), config.model, 0, longest=64)
     rng = random.Random(0)
 
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(rng.randrange(100, 40_000) for _ in range(n))
 
     units = [
-        Experience(Prompt(i, tokens(PROMPT_TOKENS), ""), (Completion(tokens(NEW_TOKENS), "", False, 0),), (rng.random(),))
+        Experience(
+            Prompt(i, tokens(PROMPT_TOKENS), ""), (Completion(tokens(NEW_TOKENS), "", False, 0),), (rng.random(),)
+        )
         for i in range(RECORDS)
     ]
     batches = batching.plan(units, 1, config.learner.micro_batch_tokens, RECORDS, 0)

@@ -26,7 +26,9 @@ app.add_typer(ledger_app, name="ledger")
 app.add_typer(data_app, name="data")
 
 Config = Annotated[Path, typer.Argument(help="YAML config, e.g. configs/quickstart.yaml")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="override one key: --set stages.0.privacy.epsilon=4")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="override one key: --set stages.0.privacy.epsilon=4")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 
 
@@ -35,7 +37,9 @@ def run(
     config: Config,
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="run directory (default: runs/<name>)")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue after an interruption; spent steps stay spent")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue after an interruption; spent steps stay spent")
+    ] = False,
 ) -> None:
     """Run the configured stages with progress, an epsilon meter and ETA.
 
@@ -54,7 +58,8 @@ def run(
         raise Interrupted(f"interrupted; continue with: dprlhf run {config} --output {folder} --resume") from None
     typer.echo(
         f"\nNext: open {result.run_dir / 'report.html'}; dprlhf certificate {folder}; dprlhf ledger show {folder};\n"
-        f"      dprlhf generate {folder / 'models' / parsed.stages[-1].name / 'merged'} --prompt 'The film'; your own data: README.md"
+        f"      dprlhf generate {folder / 'models' / parsed.stages[-1].name / 'merged'} --prompt 'The film'; "
+        "your own data: README.md"
     )
 
 
@@ -76,7 +81,11 @@ def plan(
     if config is not None:
         _print_plan(_plan_config(cfg.load(config, overrides)), as_json)
         return
-    missing = [n for n, v in (("--epsilon", epsilon), ("--delta", delta), ("--sampling-rate", sampling_rate), ("--steps", steps)) if v is None]
+    missing = [
+        n
+        for n, v in (("--epsilon", epsilon), ("--delta", delta), ("--sampling-rate", sampling_rate), ("--steps", steps))
+        if v is None
+    ]
     if missing or epsilon is None or delta is None or sampling_rate is None or steps is None:
         raise ConfigError(f"plan: give a config, or also {', '.join(missing)}")
     step = _step(0.0, sampling_rate, steps, updates_per_draw, adjacency)
@@ -121,8 +130,14 @@ def ledger_show(
         typer.echo(json.dumps({"head": view.head, "epoch": view.epoch, "entries": len(view.entries), "stages": rows}))
         return
     for r in rows:
-        meter = "no guarantee (clip only)" if r["epsilon_spent"] is None else f"epsilon {r['epsilon_spent']:.3f} of {r['epsilon_target']:g}"
-        typer.echo(f"{r['stage']} on {r['data_set']}: {r['attempts']} of {r['planned']} draws, {meter}, delta {r['delta']:g}")
+        meter = (
+            "no guarantee (clip only)"
+            if r["epsilon_spent"] is None
+            else f"epsilon {r['epsilon_spent']:.3f} of {r['epsilon_target']:g}"
+        )
+        typer.echo(
+            f"{r['stage']} on {r['data_set']}: {r['attempts']} of {r['planned']} draws, {meter}, delta {r['delta']:g}"
+        )
     typer.echo(f"{len(view.entries)} entries, epoch {view.epoch}, head {view.head}")
 
 
@@ -168,9 +183,11 @@ def generate(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    lm = AutoModelForCausalLM.from_pretrained(path)
+    lm: Any = AutoModelForCausalLM.from_pretrained(path)
     ids = tokenizer(prompt, return_tensors="pt")
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    )
     out = lm.generate(**ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
     typer.echo(tokenizer.decode(out[0], skip_special_tokens=True))
 
@@ -215,10 +232,16 @@ def _plan_config(config: cfg.RunConfig) -> list[dict[str, Any]]:
     rows = []
     for stage in config.stages:
         if stage.data not in facts.populations:
-            raise ConfigError(f"plan: the size of data set {stage.data!r} is not known before it is downloaded; run it once")
+            raise ConfigError(
+                f"plan: the size of data set {stage.data!r} is not known before it is downloaded; run it once"
+            )
         found = plan_stage(stage, facts.populations[stage.data])
         row: dict[str, Any] = {"stage": stage.name, **found.step.parameters(), "delta": found.delta}
-        row |= {"pld": None, "rdp": None} if found.epsilon is None else {"pld": found.epsilon.pld, "rdp": found.epsilon.rdp}
+        row |= (
+            {"pld": None, "rdp": None}
+            if found.epsilon is None
+            else {"pld": found.epsilon.pld, "rdp": found.epsilon.rdp}
+        )
         m = facts.model
         d = None if m is None else trainable_numbers(config.model.adapter, m.parameters, m.linears)
         rows.append(row | expectations(stage, found, d))
@@ -245,7 +268,7 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except DprlhfError as e:
-        typer.echo(f"dprlhf: {e}", err=True)
+        typer.echo(f"dprlhf: {getattr(e, 'cause', e)}", err=True)  # cause: without Ray's traceback
         sys.exit(e.exit_code)
     except typer.Exit as e:
         sys.exit(e.exit_code)

@@ -54,7 +54,8 @@ class DataConfig(Section):
     """One declared private data set. The privacy budget belongs to its name (its key in `data`)."""
 
     source: str = Field(
-        "embedded:movie-reviews", description='"embedded:movie-reviews", a .jsonl(.gz)/.parquet/.csv path, or a hub name'
+        "embedded:movie-reviews",
+        description='"embedded:movie-reviews", a .jsonl(.gz)/.parquet/.csv path, or a hub name',
     )
     split: str = Field("train", description="split of a hub data set")
     columns: dict[Literal["prompt", "id"], str] = Field(
@@ -112,12 +113,17 @@ class AlgorithmConfig(Section):
     """Per-record policy loss; see `dprlhf_ray/algorithms/`."""
 
     kind: Literal["ppo", "rloo", "grpo", "reinforce"] = "rloo"
-    completions_per_prompt: int = Field(1, ge=1, description="G: completions of one prompt; together they are one record")
+    completions_per_prompt: int = Field(
+        1, ge=1, description="G: completions of one prompt; together they are one record"
+    )
     baseline: Literal["constant", "released_mean"] = Field(
         "released_mean",
         description="reinforce: a public constant, or the mean reward released (noised, charged) by earlier steps",
     )
-    baseline_value: float = Field(0.0, description="reinforce: the constant, and the first step's baseline")
+    baseline_value: float = Field(
+        0.0,
+        description="reinforce: the constant (before there is a released mean, the mean of the public prompts is used)",
+    )
     kl_coef: float = Field(0.0, ge=0, description="KL to the frozen reference, per token, inside the record (0: none)")
     clip_range: float = Field(0.2, gt=0, description="ppo, grpo: ratio clip")
     gamma: float = Field(1.0, ge=0, le=1)
@@ -189,7 +195,9 @@ class LearnerConfig(Section):
     num_workers: int = Field(1, ge=1)
     zero_stage: Literal[0, 1, 2, 3] = 0
     use_gpu: bool = False
-    micro_batch_tokens: int = Field(2048, ge=16, description="tokens (with padding) per micro-batch; speed and memory only")
+    micro_batch_tokens: int = Field(
+        2048, ge=16, description="tokens (with padding) per micro-batch; speed and memory only"
+    )
     gradient_checkpointing: bool = False
     threads: int | None = Field(None, ge=1, description="torch threads per worker (null: all cores of the machine)")
     checkpoint_every: int = Field(1, ge=1, description="steps between checkpoints")
@@ -240,8 +248,13 @@ class RunConfig(Section):
     """A whole run."""
 
     name: str = Field("run", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$")
-    seed: int = Field(0, ge=0, description="public randomness only (initial adapters, public evaluation); never protects anyone")
-    ledger: str | None = Field(None, description="SQLAlchemy URL of a ledger shared by runs; null: ledger.db in the run")
+    seed: int = Field(
+        0, ge=0, description="public randomness only (initial adapters, public evaluation); never protects anyone"
+    )
+    ledger: str | None = Field(
+        None, description="path or SQLAlchemy URL of a ledger shared by runs; null: ledger.db in the run directory"
+    )
+    ledger_key: str | None = Field(None, description="key file of the ledger; null: beside the ledger's file")
     model: ModelConfig = ModelConfig()
     data: dict[str, DataConfig] = Field(default_factory=lambda: {"reviews": DataConfig()}, min_length=1)
     stages: Annotated[tuple[RLStage, ...], Field(min_length=1)]
@@ -261,20 +274,22 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _refs(self) -> RunConfig:
+        if self.ledger and "://" in self.ledger and not self.ledger.startswith("sqlite") and not self.ledger_key:
+            raise ValueError("ledger_key is required with a database URL: the path of a file only you can read")
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ: {names}")
         for s in self.stages:
             if s.data not in self.data:
-                raise ValueError(f"stage {s.name!r} uses data set {s.data!r}, which is not declared under data: {sorted(self.data)}")
+                raise ValueError(
+                    f"stage {s.name!r} uses data set {s.data!r}, which is not declared under data: {sorted(self.data)}"
+                )
             longest = self.data[s.data].prompt_tokens or self.data[s.data].max_prompt_tokens
             if longest + s.generation.max_new_tokens > self.rollout.max_model_len:
                 raise ValueError(
                     f"rollout.max_model_len is {self.rollout.max_model_len}, but prompts of up to {longest} tokens and "
                     f"{s.generation.max_new_tokens} new tokens need {longest + s.generation.max_new_tokens}"
                 )
-        if self.learner.num_workers > 1 and self.learner.zero_stage == 0 and self.model.adapter.kind == "full":
-            pass  # allowed: replicas with a full copy each
         return self
 
 
@@ -293,7 +308,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        where = f" line {e.problem_mark.line + 1}" if getattr(e, "problem_mark", None) else ""
+        mark = getattr(e, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}:{where} is not valid YAML: {getattr(e, 'problem', e)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, not {type(tree).__name__}")

@@ -5,6 +5,7 @@ The driver holds the private records in memory and passes them to the roles; it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,14 +21,15 @@ from dprlhf_ray.actors.roles import start_accountant, start_scorer
 from dprlhf_ray.config import RLStage, RunConfig
 from dprlhf_ray.data.preflight import check_population, preflight
 from dprlhf_ray.data.sources import Prompts, load_prompts, load_public_prompts
-from dprlhf_ray.errors import BudgetExhausted
+from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.evaluation.public import Comparison, Evaluation, compare
 from dprlhf_ray.models.embedded import resolve_model
 from dprlhf_ray.observability.gauges import Gauges
 from dprlhf_ray.observability.metrics import MetricsLog, last_value, read_metrics
-from dprlhf_ray.observability.progress import RunProgress
+from dprlhf_ray.observability.progress import Laps, RunProgress
 from dprlhf_ray.observability.report import write_report
 from dprlhf_ray.privacy.certificate import write_certificate
+from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.planning import StagePlan, plan_stage
 from dprlhf_ray.privacy.release import Released
 from dprlhf_ray.privacy.sampling import poisson_draw
@@ -76,22 +78,22 @@ def run(
     comparisons = {}
     with progress or RunProgress() as show, session(config) as namespace:
         tokenizer = _tokenizer(config)
-        accountant = start_accountant(config.ledger or str(here.ledger), namespace)
+        accountant = _accountant(config, here, namespace)
         plans: list[StagePlan] = []
         for index, stage in enumerate(config.stages):
             prompts = load_prompts(config.data[stage.data], tokenizer)
             check_population(stage, len(prompts))
-            plan = plan_stage(stage, len(prompts))
+            plan = plan_stage(stage, len(prompts), here.run_id if config.ledger else None)
             plans.append(plan)
             ray.get(
                 accountant.declare.remote(
-                    plan.dataset, plan.stage, plan.step, plan.target, plan.delta, stage.privacy.allow_large_delta
+                    plan.dataset, plan.ledger_stage, plan.step, plan.target, plan.delta, stage.privacy.allow_large_delta
                 )
             )
             show.say(_plan_line(plan, prompts))
             with _roles(config, index, plan, here, namespace, accountant, tokenizer) as roles:
                 comparisons[stage.name] = _rl(config, index, plan, here, roles, prompts, tokenizer, show, on_step)
-        write_certificate(here.root, config, plans, ray.get(accountant.status.remote()))
+        write_certificate(here.root, config, plans, *_ledger_figures(accountant, plans))
         write_report(here.root)
         show.say(f"certificate, report and models are in {output}")
     return Result(here.root, comparisons)
@@ -106,45 +108,50 @@ def _rl(
     public = load_public_prompts(config.evaluation, tokenizer, data.prompt_tokens, config.seed, data)
     log, gauges = MetricsLog(here.root, config.tracking, config.name), Gauges(config.name)
     roles.learners.wait_ready()
-    show.say(f"learners ready: {roles.learners.info['trainable']} trainable numbers, version {roles.learners.info['version']}")
+    show.say(
+        f"learners ready: {roles.learners.info['trainable']} trainable numbers, "
+        f"version {roles.learners.info['version']}"
+    )
     _publish(roles, "publish")
     before = _before(here, stage, roles, public, show)
-    attempt = ray.get(accountant_spent(roles, stage))
+    attempt = ray.get(roles.accountant.spent.remote(plan.ledger_stage))
     show.begin(stage.name, attempt, stage.privacy.steps)
     baseline = last_value(read_metrics(here.root), stage.name, "private/reward")
     while attempt < stage.privacy.steps:
+        clock = Laps()
         try:
-            reserved = ray.get(roles.accountant.reserve.remote(stage.name, roles.learners.incarnation))
+            reserved = ray.get(roles.accountant.reserve.remote(plan.ledger_stage, roles.learners.incarnation))
             attempt = reserved.attempt
             drawn = [prompts.items[i] for i in poisson_draw(len(prompts), plan.step.sampling_rate)]
+            clock.lap("reserve")
             experiences = rollout(drawn, stage, roles)
+            clock.lap("rollout")
             baseline = _baseline(stage, baseline, before)
             shares = [
-                ([ray.put(share)], baseline, reserved.token)
-                for share in deal(experiences, config.learner.num_workers)
+                ([ray.put(share)], baseline, reserved.token) for share in deal(experiences, config.learner.num_workers)
             ]
-            released = _publish(roles, "update", shares)
-        except BudgetExhausted:
-            break
+            released = _publish(roles, "update", shares, clock)
         except LearnersRestarted as e:
             show.say(f"{e}; going on from the newest checkpoint")
             roles.learners.wait_ready()
             _publish(roles, "publish")
             continue
         baseline = next((r.value for r in released if r.name == "private/reward"), baseline)
-        released.append(Released("epsilon_spent", reserved.epsilon_spent or 0.0, "accounting"))
+        if reserved.epsilon_spent is not None:
+            released.append(Released("epsilon_spent", reserved.epsilon_spent, "accounting"))
         if config.evaluation.every and attempt % config.evaluation.every == 0:
             released.append(Released("public/reward", _evaluate(stage, roles, public).mean, "public_prompts"))
         if attempt % config.learner.checkpoint_every == 0 or attempt == stage.privacy.steps:
             head = ray.get(roles.accountant.head.remote())
             roles.learners.call("save", [(attempt, head)] * config.learner.num_workers)
+        clock.lap("checkpoint")
         log.write(stage.name, attempt, released)
         status = roles.fleet.status()
         gauges.step(stage.name, attempt, reserved.epsilon_spent, released)
         gauges.fleet(status)
         show.step(
-            stage.name, attempt, stage.privacy.steps, reserved.epsilon_spent, plan.target, released[:-1],
-            float(status["tokens_per_second"] or 0.0),
+            stage.name, attempt, stage.privacy.steps, reserved.epsilon_spent, plan.target, released,
+            float(status["tokens_per_second"] or 0.0), clock.seconds,
         )  # fmt: skip
         if on_step is not None:
             on_step(attempt, roles)
@@ -168,10 +175,15 @@ def rollout(drawn: list[Prompt], stage: RLStage, roles: Roles) -> list[Experienc
     ]
 
 
-def _publish(roles: Roles, method: str, arguments: list[tuple[Any, ...]] | None = None) -> list[Released]:
+def _publish(
+    roles: Roles, method: str, arguments: list[tuple[Any, ...]] | None = None, clock: Laps | None = None
+) -> list[Released]:
     """Run a learner command that yields a weight version; bring every replica to it and check them."""
+    clock = clock or Laps()
     released, version, weights, reference = roles.learners.call(method, arguments)
+    clock.lap("learn")
     roles.fleet.sync(version, ray.get(weights), reference)
+    clock.lap("sync")
     return list(released)
 
 
@@ -239,18 +251,33 @@ def _roles(
         ray.kill(scorer)
 
 
-def accountant_spent(roles: Roles, stage: RLStage) -> Any:
-    """Attempts of the stage charged so far, in this run and those it continues."""
-    return roles.accountant.spent.remote(stage.name)
+def _accountant(config: RunConfig, here: RunDir, namespace: str) -> Any:
+    """Check the ledger here, where damage is one clear line, then start the role that writes it."""
+    where, anchor = config.ledger or str(here.ledger), here.newest_head()
+    if "://" in where or Path(where).exists() or anchor is not None:
+        with contextlib.suppress(ConfigError):  # no ledger there yet
+            Ledger.read(where, config.ledger_key, anchor=anchor)
+    return start_accountant(where, config.ledger_key, anchor, namespace)
+
+
+def _ledger_figures(accountant: Any, plans: list[StagePlan]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The ledger's state, and per data set the cumulative epsilon of all that it knows of."""
+    deltas: dict[str, float] = {}
+    for p in plans:
+        deltas[p.dataset] = min(p.delta, deltas.get(p.dataset, 1.0))
+    cumulative = {name: ray.get(accountant.cumulative.remote(name, delta)) for name, delta in deltas.items()}
+    return ray.get(accountant.status.remote()), cumulative
 
 
 def _plan_line(plan: StagePlan, prompts: Prompts) -> str:
     s = plan.step
-    bound = "no guarantee (clip only)" if plan.epsilon is None else f"eps {plan.epsilon.pld:.3f} at delta {plan.delta:g}"
+    bound = (
+        "no guarantee (clip only)" if plan.epsilon is None else f"eps {plan.epsilon.pld:.3f} at delta {plan.delta:g}"
+    )
     nulls = f", {prompts.null_count} unusable records count as null" if prompts.null_count else ""
     return (
-        f"stage {plan.stage}: {s.steps} draws of {s.expected_batch:.0f} of {s.population} records (q {s.sampling_rate:.4f}), "
-        f"noise multiplier {s.noise_multiplier:.4f}, {bound}{nulls}"
+        f"stage {plan.stage}: {s.steps} draws of {s.expected_batch:.0f} of {s.population} records "
+        f"(q {s.sampling_rate:.4f}), noise multiplier {s.noise_multiplier:.4f}, {bound}{nulls}"
     )
 
 

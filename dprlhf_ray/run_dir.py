@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dprlhf_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run; everything in here is released, except `private/`, which is only made when asked for."""
+    """Paths of one run. What is in here is released, except ledger.key (a secret) and .ray-train (operational)."""
 
     root: Path
 
@@ -28,6 +29,16 @@ class RunDir:
     @property
     def ledger(self) -> Path:
         return self.root / "ledger.db"
+
+    @property
+    def run_id(self) -> str:
+        """Random name of this run in a ledger that it shares with others."""
+        return (self.root / "run_id").read_text(encoding="utf-8")
+
+    def newest_head(self) -> str | None:
+        """Ledger head recorded in the newest checkpoint: the ledger that a resumed run finds must contain it."""
+        found = sorted(self.root.glob("checkpoints/*/version-*/meta.json"), key=lambda p: p.stat().st_mtime)
+        return str(read_json(found[-1])["ledger_head"]) if found else None
 
     def model(self, stage: str) -> Path:
         return self.root / "models" / stage
@@ -45,14 +56,21 @@ def open_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
     here = RunDir(root.resolve())
     if here.config.exists():
         if not resume:
-            raise ConfigError(f"--output {root}: a run is there already; continue it with --resume or name another folder")
+            raise ConfigError(
+                f"--output {root}: a run is there already; continue it with --resume or name another folder"
+            )
         known = cfg.parse(yaml.safe_load(here.config.read_text(encoding="utf-8")), str(here.config))
-        different = [k for k in RunConfig.model_fields if getattr(known, k) != getattr(config, k) and k not in ("ray", "rollout")]
+        different = [
+            k for k in RunConfig.model_fields if getattr(known, k) != getattr(config, k) and k not in ("ray", "rollout")
+        ]
         if different:
-            raise ConfigError(f"--resume: {different[0]} differs from {here.config}; resume with the config it started with")
+            raise ConfigError(
+                f"--resume: {different[0]} differs from {here.config}; resume with the config it started with"
+            )
         return here
     try:
         here.root.mkdir(parents=True, exist_ok=True)
+        write_atomically(here.root / "run_id", secrets.token_hex(8))
         write_atomically(here.config, cfg.dump(config))
     except OSError as e:
         raise ConfigError(f"--output {root}: cannot write there ({e.strerror})") from None

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from dprlhf_ray.config import RunConfig
 
@@ -28,8 +29,17 @@ def session(config: RunConfig) -> Iterator[str]:
         return
     worker_env = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if not config.learner.use_gpu:
-        worker_env["DS_ACCELERATOR"] = "cpu"
-    common = {
+        threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.num_workers)
+        # Ray would set one thread per CPU that an actor reserves. The allocator keeps freed memory: a step allocates
+        # the same large tensors again and again, and giving them back costs a page fault for every 4 KiB.
+        worker_env |= {
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": str(threads),
+            "MALLOC_ARENA_MAX": "1",
+            "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+            "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+        }
+    common: dict[str, Any] = {
         "namespace": namespace,
         "log_to_driver": False,
         "logging_level": logging.ERROR,
@@ -45,6 +55,7 @@ def session(config: RunConfig) -> Iterator[str]:
             include_dashboard=config.ray.dashboard,
             dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",
+            _system_config={"automatic_object_spilling_enabled": False},  # private text stays in memory
             _temp_dir=tempfile.mkdtemp(prefix="ray-"),
             **common,
         )

@@ -1,9 +1,10 @@
 """One rank of the learner group: DeepSpeed around the policy, and the order of one DP step.
 
-The optimizer's gradient is written exactly once per update, from a noised value: the backward pass that DeepSpeed sees is
-that of the surrogate sum_i <p_i, g_i>, whose gradient with respect to p is the noised g itself. Raw per-record gradients
-never exist as `.grad` (see privacy/per_unit.py), so there is nothing else that DeepSpeed could reduce or apply, at any
-ZeRO stage, with its default settings. Before the optimizer moves, the gradient it holds is compared with what was written.
+The optimizer's gradient is written exactly once per update, from a noised value: the backward pass that DeepSpeed sees
+is that of the surrogate sum_i <p_i, g_i>, whose gradient with respect to p is the noised g itself. Raw per-record
+gradients never exist as `.grad` (see privacy/per_unit.py), so there is nothing else that DeepSpeed could reduce or
+apply, at any ZeRO stage, with its default settings. Before the optimizer moves, the gradient it holds is compared with
+what was written.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Learner:
         self.tokenizer = AutoTokenizer.from_pretrained(self.base_path)
         pad = self.tokenizer.pad_token_id
         self.pad_id = int(pad if pad is not None else self.tokenizer.eos_token_id)
-        policy = load_policy(self.base_path, config.model, config.seed, self.stage.algorithm.kind == "ppo")
+        with_values = self.stage.algorithm.kind == "ppo"
+        policy = load_policy(self.base_path, config.model, config.seed, with_values, config.rollout.max_model_len)
         if config.learner.gradient_checkpointing:
             policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
             policy.causal_lm.train()
@@ -81,7 +83,10 @@ class Learner:
         trainable = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = _optimizer(trainable, self.stage.optimizer)
         self.engine, *_ = deepspeed.initialize(
-            model=policy, optimizer=self.optimizer, config=_deepspeed_config(config, self.world), dist_init_required=False
+            model=policy,
+            optimizer=self.optimizer,
+            config=_deepspeed_config(config, self.world),
+            dist_init_required=False,
         )
         self.policy: Policy = self.engine.module
         self.recorder = Recorder(self.policy)
@@ -282,7 +287,7 @@ def _no_dropout(policy: Policy) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _remove(folder: Path) -> None:

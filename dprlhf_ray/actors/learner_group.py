@@ -8,6 +8,7 @@ mailbox actor for the next command; rank 0 answers. A restarted group has a new 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import threading
 from typing import Any
@@ -65,7 +66,9 @@ class Mailbox:
         """The command that follows number `after` for `rank`; None after a while without one, or when superseded."""
         async with self._changed:
             try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._command is not None and self._seq > after), 5)
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: self._command is not None and self._seq > after), 5
+                )
             except TimeoutError:
                 return None
             if incarnation != self._incarnation or self._command is None:
@@ -102,8 +105,8 @@ def _worker(config: dict[str, Any]) -> None:
 
     from dprlhf_ray.actors.learner import Learner
 
-    mailbox = ray.get_actor(config["mailbox"], namespace=config["namespace"])
-    accountant = ray.get_actor(config["accountant"], namespace=config["namespace"])
+    mailbox: Any = ray.get_actor(config["mailbox"], namespace=config["namespace"])
+    accountant: Any = ray.get_actor(config["accountant"], namespace=config["namespace"])
     learner = Learner(config["spec"])
     learner.restore()
     rank = dist.get_rank()
@@ -162,7 +165,7 @@ class LearnerGroup:
     def __init__(self, spec: LearnerSpec, namespace: str, accountant: str) -> None:
         self.world = spec.config.learner.num_workers
         name = f"learner-mailbox-{spec.config.stages[spec.stage_index].name}"
-        self._mailbox = (
+        self._mailbox: Any = (
             ray.remote(Mailbox)
             .options(name=name, namespace=namespace, num_cpus=0, max_concurrency=64 + 4 * self.world)
             .remote()
@@ -215,10 +218,8 @@ class LearnerGroup:
     def stop(self) -> None:
         """End the ranks and wait for Ray Train to finish."""
         if not self._ended.is_set() and self._incarnation:
-            try:
+            with contextlib.suppress(LearnersRestarted, LearnersFailed, RayError):
                 self.call("stop")
-            except (LearnersRestarted, LearnersFailed, RayError):
-                pass
             self._ended.wait(60)
         ray.kill(self._mailbox)
 

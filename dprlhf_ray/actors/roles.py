@@ -5,19 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dprlhf_ray.actors.accountant import AccountantActor
 from dprlhf_ray.actors.scorer import ScorerActor
 from dprlhf_ray.config import RLStage
 
 
-def start_accountant(ledger: str, namespace: str) -> Any:
-    """The one accountant of a run. If it dies, Ray starts it again: it reopens the ledger under a new epoch, and what was
-    charged stays spent."""
+def start_accountant(ledger: str, key: str | None, anchor: str | None, namespace: str) -> Any:
+    """The one accountant of a run, on the driver's node, where the ledger's file is. If it dies, Ray starts it again:
+    it reopens the ledger under a new epoch, and what was charged stays spent.
+
+    Args:
+        anchor: a ledger head recorded elsewhere (in the newest checkpoint), which must be part of the chain.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return (
         ray.remote(AccountantActor)
-        .options(name="accountant", namespace=namespace, num_cpus=0, max_restarts=-1)
-        .remote(ledger)
+        .options(name="accountant", namespace=namespace, num_cpus=0, max_restarts=-1, scheduling_strategy=here)
+        .remote(ledger, key, anchor)
     )
 
 

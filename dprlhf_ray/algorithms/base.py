@@ -38,7 +38,8 @@ class Batch:
 class Algorithm(Protocol):
     """A per-record loss. `needs_value`: wants the value head."""
 
-    needs_value: bool
+    @property
+    def needs_value(self) -> bool: ...
 
     def loss(self, batch: Batch) -> Tensor:
         """(U,) float32: one loss per unit, a function of that unit alone."""

@@ -1,4 +1,5 @@
-"""GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3): group-normalised advantages in PPO's clipped surrogate, KL in the loss.
+"""GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3): group-normalised advantages in PPO's clipped surrogate, KL in
+the loss.
 
 Mean and deviation are those of one prompt's completions, which are one record: no statistic crosses records.
 """

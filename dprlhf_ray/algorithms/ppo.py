@@ -1,8 +1,8 @@
 """PPO (Schulman et al. 2017, arXiv 1707.06347) for language models, per trajectory.
 
-The reward of token t is -kl_coef (log pi - log pi_ref)_t, and the scored reward is added at the last token (Ziegler et al.
-2019, arXiv 1909.08593, eq. 2). Advantages are GAE over that one trajectory (arXiv 1506.02438, eq. 16), never whitened
-over the batch. Policy and value losses are one loss per record, so that one clip bounds both.
+The reward of token t is -kl_coef (log pi - log pi_ref)_t, and the scored reward is added at the last token (Ziegler et
+al. 2019, arXiv 1909.08593, eq. 2). Advantages are GAE over that one trajectory (arXiv 1506.02438, eq. 16), never
+whitened over the batch. Policy and value losses are one loss per record, so that one clip bounds both.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ All kinds are PEFT LoRA layers, so all of them export as an ordinary LoRA adapte
 
     lora      W + s B A            A, B train                                    (Hu et al. 2021, arXiv 2106.09685)
     ffa_lora  W + s B A            B trains, A stays at its random start         (Sun et al. 2024, arXiv 2403.12313)
-    lora_xs   W + s U R V^T        R (r x r) trains; U, V: leading singular vectors of W   (Balazy et al. 2024, 2405.17604)
+    lora_xs   W + s U R V^T        R (r x r) trains; U, V: leading singular vectors of W
+                                                                                 (Balazy et al. 2024, arXiv 2405.17604)
     full      all weights train, no adapter
 
 with s = alpha / rank. Fewer trainable numbers mean less noise: its norm grows with their square root.
@@ -108,7 +109,9 @@ def _to_core(layer: Any, rank: int) -> None:
 def frozen_parts(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's frozen tensors (random A, singular vectors): needed to resume on another machine."""
     return {
-        n: p.detach() for n, p in model.named_parameters() if not p.requires_grad and (".lora_A." in n or ".lora_B." in n)
+        n: p.detach()
+        for n, p in model.named_parameters()
+        if not p.requires_grad and (".lora_A." in n or ".lora_B." in n)
     }
 
 
@@ -160,7 +163,7 @@ def save_peft(model: nn.Module, base_name: str, config: AdapterConfig, folder: P
     peft_config = lora_config(config, sorted(layers) if config.last_layers is not None else None)
     peft_config.base_model_name_or_path = base_name
     peft_config.inference_mode = True
-    peft_config.save_pretrained(folder)
+    peft_config.save_pretrained(str(folder))
 
 
 __all__ = [

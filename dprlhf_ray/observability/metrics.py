@@ -20,6 +20,9 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, tracking: TrackingConfig, name: str) -> None:
         self.path = run_dir / "metrics.jsonl"
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):  # torn by a crash: end it, lose only it
+            with self.path.open("a", encoding="utf-8") as f:
+                f.write("\n")
         self._tensorboard: Any = None
         self._wandb: Any = None
         if tracking.tensorboard:

@@ -7,9 +7,30 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from dprlhf_ray.privacy.release import Released
+
+
+class Laps:
+    """Seconds spent in the parts of a step: operational, for the operator only."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
 
 
 class RunProgress:
@@ -20,7 +41,7 @@ class RunProgress:
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
         self._started = time.monotonic()
         self._live: Progress | None = None
-        self._task = None
+        self._task: TaskID | None = None
         self._stage_started = 0.0
         self._first = 0
 
@@ -52,11 +73,12 @@ class RunProgress:
 
     def step(
         self, stage: str, attempt: int, total: int, epsilon: float | None, target: float | None,
-        released: list[Released], tokens_per_second: float,
+        released: list[Released], tokens_per_second: float, laps: dict[str, float],
     ) -> None:  # fmt: skip
         spent = "no guarantee (clip only)" if epsilon is None else f"eps {epsilon:.2f} of {target:g}"
-        shown = "  ".join(f"{r.name} {r.value:.3f}" for r in released if not r.name.endswith("clip_fraction"))
-        figures = f"{spent}  {shown}  {tokens_per_second:.0f} tok/s"
+        shown = "  ".join(f"{r.name} {r.value:.3f}" for r in released if r.name.endswith(("reward", "length")))
+        parts = " ".join(f"{name} {seconds:.1f}" for name, seconds in laps.items())
+        figures = f"{spent}  {shown}  {tokens_per_second:.0f} tok/s  [{parts} s]"
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=attempt, figures=figures)
             return

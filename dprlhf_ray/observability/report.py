@@ -22,7 +22,7 @@ from dprlhf_ray.observability.metrics import last_value, read_metrics
 from dprlhf_ray.run_dir import RunDir, read_json, write_atomically
 
 ORIGINS = {
-    "noised": "private data, noised and charged",
+    "noised": "private data, noised",
     "public_prompts": "public prompts",
     "accounting": "accounting",
     "config": "public constant",

@@ -10,6 +10,7 @@ from typing import Any
 
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.privacy import accounting
+from dprlhf_ray.privacy.accounting import EpsilonReport
 from dprlhf_ray.privacy.planning import StagePlan
 from dprlhf_ray.run_dir import write_atomically
 
@@ -27,14 +28,25 @@ EXCLUDED = (
 )
 
 
-def certificate(config: RunConfig, plans: Sequence[StagePlan], ledger: Mapping[str, Any]) -> dict[str, Any]:
+def certificate(
+    config: RunConfig,
+    plans: Sequence[StagePlan],
+    ledger: Mapping[str, Any],
+    cumulative: Mapping[str, EpsilonReport | None],
+) -> dict[str, Any]:
     """The statement as a JSON object.
+
+    Args:
+        ledger: the accountant's status.
+        cumulative: per data set, epsilon of everything the ledger knows of (None: something without a guarantee).
 
     A fixed schedule certifies the planned epsilon, also when fewer attempts were made. Stages on one data set compose
     sequentially at one delta; different declared data sets are stated separately.
     """
     stages = [_stage(config, plan, ledger) for plan in plans]
-    void = [f"stage {p.stage}: clip only, no noise was added: nothing is guaranteed" for p in plans if p.epsilon is None]
+    void = [
+        f"stage {p.stage}: clip only, no noise was added: nothing is guaranteed" for p in plans if p.epsilon is None
+    ]
     datasets = {}
     for name in dict.fromkeys(p.dataset for p in plans):
         mine = [p for p in plans if p.dataset == name]
@@ -43,22 +55,27 @@ def certificate(config: RunConfig, plans: Sequence[StagePlan], ledger: Mapping[s
             "role": "private",
             "records": mine[0].step.population,
             "run": _composed(mine),
+            "cumulative": None
+            if (c := cumulative.get(name)) is None
+            else {"epsilon_pld": c.pld, "epsilon_rdp": c.rdp, "delta": min(p.delta for p in mine)},
             "ledger_knows": "this run only" if config.ledger is None else "all runs that share this ledger",
             "stages_in_ledger": sorted(k for k, v in ledger["stages"].items() if v["dataset"] == name),
         }
     return {
         "certified": not void,
         "voided_by": void,
-        "statement": "Everything this run released (weights, checkpoints, models, metrics, report) is differentially "
+        "statement": "Nothing is guaranteed." if void else
+        "Everything this run released (weights, checkpoints, models, metrics, report) is differentially "
         "private with respect to each data set below, as stated, under the assumptions listed.",
         "data_sets": datasets,
         "stages": stages,
         "sampler": "Poisson, keyed per draw with 256 bits of the operating system's randomness",
-        "noise": "Gaussian, once per coordinate on the sum over all ranks, float64 draws, keyed per release by the "
+        "noise": "none" if void else
+        "Gaussian, once per coordinate on the sum over all ranks, float64 draws, keyed per release by the "
         "operating system",
         "metrics_released": {
-            "private/*": "per-unit values clipped to one joint bound, summed, noised (metric_noise_multiplier), divided by "
-            "the public expected batch; one release per draw, inside the stated epsilon",
+            "private/*": "per-unit values clipped to one joint bound, summed, noised (metric_noise_multiplier), "
+            "divided by the public expected batch; one release per draw, part of the mechanism that is accounted for",
             "public/*": "computed on public prompts with released weights; costs nothing",
         },
         "public": {"model": config.model.name, "evaluation prompts": config.evaluation.source,
@@ -71,10 +88,14 @@ def certificate(config: RunConfig, plans: Sequence[StagePlan], ledger: Mapping[s
 
 
 def write_certificate(
-    run_dir: Path, config: RunConfig, plans: Sequence[StagePlan], ledger: Mapping[str, Any]
+    run_dir: Path,
+    config: RunConfig,
+    plans: Sequence[StagePlan],
+    ledger: Mapping[str, Any],
+    cumulative: Mapping[str, EpsilonReport | None],
 ) -> dict[str, Any]:
     """Write certificate.json and certificate.md; returns the object."""
-    found = certificate(config, plans, ledger)
+    found = certificate(config, plans, ledger, cumulative)
     write_atomically(run_dir / "certificate.json", json.dumps(found, indent=2) + "\n")
     write_atomically(run_dir / "certificate.md", readable(found))
     return found
@@ -90,17 +111,24 @@ def readable(c: Mapping[str, Any]) -> str:
     for name, d in c["data_sets"].items():
         run = d["run"]
         bound = "no guarantee" if run is None else f"epsilon {run['epsilon_pld']:.4f} at delta {run['delta']:g}"
-        lines += [f"- data set **{name}** ({d['records']} records, {d['source']}): {bound}; the ledger knows of {d['ledger_knows']}"]
-    lines += ["", "| stage | q | sigma | sigma_m | C | K | T charged / planned | unit | adjacency | eps (PLD) | eps (RDP) | delta |",
+        all_runs = d["cumulative"]
+        total = "" if all_runs is None else f" (cumulative in this ledger: {all_runs['epsilon_pld']:.4f})"
+        lines += [
+            f"- data set **{name}** ({d['records']} records, {d['source']}): {bound}{total}; "
+            f"the ledger knows of {d['ledger_knows']}"
+        ]
+    lines += ["", "| stage | q | sigma | sigma_m | C | K | T charged / planned | unit | adjacency | eps (PLD) "
+              "| eps (RDP) | delta |",
               "|---|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for s in c["stages"]:
         m = s["mechanism"]
         eps = s["epsilon"] or {}
         pld, rdp = (_number(eps.get(k)) for k in ("pld", "rdp"))
         lines.append(
-            f"| {s['stage']} | {m['sampling_rate']:.5f} | {m['noise_multiplier']:.4f} | {m['metric_noise_multiplier']} | "
-            f"{m['clip_norm']} | {m['updates_per_draw']} | {s['attempts_charged']} / {m['steps']} | {m['unit']} | "
-            f"{m['adjacency']} | {pld} | {rdp} | {s['delta']:g} |"
+            f"| {s['stage']} | {m['sampling_rate']:.5f} | {m['noise_multiplier']:.4f} | "
+            f"{m['metric_noise_multiplier']} | {m['clip_norm']} | {m['updates_per_draw']} | "
+            f"{s['attempts_charged']} / {m['steps']} | {m['unit']} | {m['adjacency']} | "
+            f"{pld} | {rdp} | {s['delta']:g} |"
         )
     lines += ["", f"Sampler: {c['sampler']}.", f"Noise: {c['noise']}.", ""]
     lines += [f"Ledger head: `{c['ledger']['head']}` (epoch {c['ledger']['epoch']})", "", "Not covered:"]
@@ -110,7 +138,7 @@ def readable(c: Mapping[str, Any]) -> str:
 
 
 def _stage(config: RunConfig, plan: StagePlan, ledger: Mapping[str, Any]) -> dict[str, Any]:
-    entry = ledger["stages"].get(plan.stage, {})
+    entry = ledger["stages"].get(plan.ledger_stage, {})
     return {
         "stage": plan.stage,
         "data_set": plan.dataset,

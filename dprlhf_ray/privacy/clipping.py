@@ -11,8 +11,8 @@ from torch import Tensor
 class ClippedSum:
     """Running sum over units of clip(g_u, C), in float32, over all trainable parameters as one vector.
 
-    Guarantee: adding or nulling one unit changes `total` by at most C in L2 norm, whatever its gradient is. A unit whose
-    gradient is not finite contributes exactly zero and touches nobody else (masked before any multiplication).
+    Guarantee: adding or nulling one unit changes `total` by at most C in L2 norm, whatever its gradient is. A unit
+    whose gradient is not finite contributes exactly zero and touches nobody else (masked before any multiplication).
 
     Args:
         sizes: number of coordinates of each parameter; d = sum(sizes).
@@ -36,7 +36,9 @@ class ClippedSum:
         """
         units = valid.shape[0]
         flat = [g.reshape(units, -1) if g.numel() else None for g in grads]
-        squared = sum((f.square().sum(1) for f in flat if f is not None), start=torch.zeros_like(valid, dtype=torch.float32))
+        squared = sum(
+            (f.square().sum(1) for f in flat if f is not None), start=torch.zeros_like(valid, dtype=torch.float32)
+        )
         norms = squared.sqrt()
         usable = valid & torch.isfinite(norms)
         factor = torch.where(usable, (self.clip_norm / norms.clamp_min(1e-30)).clamp(max=1.0), torch.zeros_like(norms))

@@ -21,7 +21,7 @@ class NoisedSum:
 
 
 def _normal(size: torch.Size, std: float, device: torch.device) -> Tensor:
-    """Standard deviation `std`, float64 draws rounded once to float32, from a generator keyed by the operating system."""
+    """Standard deviation `std`, float64 draws rounded once to float32, generator keyed by the operating system."""
     generator = torch.Generator(device="cpu")
     generator.manual_seed(secrets.randbits(64) - (1 << 63))
     return (torch.randn(size, generator=generator, dtype=torch.float64) * std).to(device=device, dtype=torch.float32)

@@ -2,13 +2,15 @@
 
 Every module that owns a trainable parameter gets a forward that runs through `_Recorded`. Its weights enter the graph
 detached, so autograd can never write a `.grad` for them: the only thing that a backward pass yields is one gradient per
-unit, handed to the `Recorder`. What the optimizer sees is written later, clipped and noised (fail closed, by construction).
+unit, handed to the `Recorder`. What the optimizer sees is written later, clipped and noised (fail closed, by
+construction).
 
-Formal guarantee: row block u of a recorded gradient is a function of unit u's own rows of the batch, because no supported
-module mixes rows. Layers that do (BatchNorm, expert capacity) are refused by name.
+Formal guarantee: row block u of a recorded gradient is a function of unit u's own rows of the batch, because no
+supported module mixes rows. Layers that do (BatchNorm, expert capacity) are refused by name.
 
 Linear layers use the outer-product rule (Goodfellow 2015, arXiv 1510.01799), summed over a unit's rows and tokens;
-embeddings a scatter; any other module with one tensor input goes through `torch.func` (vmap of its vector-Jacobian product).
+embeddings a scatter; any other module with one tensor input goes through `torch.func` (vmap of its vector-Jacobian
+product).
 """
 
 from __future__ import annotations
@@ -97,9 +99,9 @@ class Recorder:
             anchor = self._anchor = self._anchor.to(args[0].device).detach().requires_grad_()
             return _Recorded.apply(anchor, args[0], module, plain, self)
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
-    def _add(self, parameter: nn.Parameter, grad: Tensor) -> None:
+    def _add(self, parameter: Tensor, grad: Tensor) -> None:
         i = self._index[id(parameter)]
         grad = grad.float()
         held = self._grads[i]
@@ -120,10 +122,11 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
         g, module, recorder = grad_outputs[0], ctx.module, ctx.recorder
+        grad_x: Tensor | None = None
         if type(module) is nn.Linear:
             grad_x = _linear(module, x, g, recorder, ctx.needs_input_grad[1])
         elif type(module) is nn.Embedding:
-            grad_x = _embedding(module, x, g, recorder)
+            _embedding(module, x, g, recorder)
         else:
             grad_x = _generic(module, x, g, recorder, ctx.needs_input_grad[1])
         return None, grad_x, None, None, None
@@ -150,9 +153,7 @@ def _embedding(module: nn.Embedding, ids: Tensor, g: Tensor, recorder: Recorder)
     recorder._add(module.weight, grad)
 
 
-def _generic(
-    module: nn.Module, x: Tensor, g: Tensor, recorder: Recorder, needs_x: bool
-) -> Tensor | None:
+def _generic(module: nn.Module, x: Tensor, g: Tensor, recorder: Recorder, needs_x: bool) -> Tensor | None:
     """Any module with one tensor input that treats rows alike (RMSNorm, LayerNorm, Conv1D, ...)."""
     units = recorder._units
     named = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
@@ -175,6 +176,8 @@ def _generic(
 def _without_hooks(module: nn.Module) -> nn.Module:
     """A shallow copy that shares the parameters but runs the class's own forward and no hook (ZeRO-3 installs some)."""
     shadow = copy.copy(module)
-    shadow.__dict__ = {k: (type(v)() if k.endswith("_hooks") else v) for k, v in module.__dict__.items() if k != "forward"}
+    shadow.__dict__ = {
+        k: (type(v)() if k.endswith("_hooks") else v) for k, v in module.__dict__.items() if k != "forward"
+    }
     shadow.__dict__["_parameters"] = dict(module._parameters)
     return shadow

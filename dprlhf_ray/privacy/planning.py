@@ -14,9 +14,13 @@ from dprlhf_ray.privacy.mechanism import DPStep
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage will spend. epsilon is None where mode is clip_only: nothing is guaranteed."""
+    """What a stage will spend. epsilon is None where mode is clip_only: nothing is guaranteed.
+
+    ledger_stage: the stage's name in the ledger; in a ledger shared by runs it starts with the run's id.
+    """
 
     stage: str
+    ledger_stage: str
     dataset: str
     step: DPStep
     epsilon: EpsilonReport | None
@@ -24,7 +28,7 @@ class StagePlan:
     delta: float
 
 
-def plan_stage(stage: RLStage, size: int) -> StagePlan:
+def plan_stage(stage: RLStage, size: int, run_id: str | None = None) -> StagePlan:
     """Calibrate the noise of a stage to its target, on the safe side.
 
     Args:
@@ -34,9 +38,12 @@ def plan_stage(stage: RLStage, size: int) -> StagePlan:
         ConfigError: the target cannot be met, or a setting is refused.
     """
     p = stage.privacy
+    ledger_stage = f"{run_id}/{stage.name}" if run_id else stage.name
     population = p.declared_size if p.adjacency == "add_remove" and p.declared_size else size
     if p.expected_batch > population:
-        raise ConfigError(f"stage {stage.name!r}: privacy.expected_batch {p.expected_batch} exceeds {population} records")
+        raise ConfigError(
+            f"stage {stage.name!r}: privacy.expected_batch {p.expected_batch} exceeds {population} records"
+        )
     step = DPStep(
         unit=p.unit,
         adjacency=p.adjacency,
@@ -49,11 +56,11 @@ def plan_stage(stage: RLStage, size: int) -> StagePlan:
         metric_noise_multiplier=p.metric_noise_multiplier,
     )
     if p.epsilon is None:
-        return StagePlan(stage.name, stage.data, step, None, None, p.delta)
+        return StagePlan(stage.name, ledger_stage, stage.data, step, None, None, p.delta)
     sigma = accounting.calibrate(step, p.epsilon, p.delta, allow_large_delta=p.allow_large_delta)
     step = replace(step, noise_multiplier=sigma)
     report = accounting.epsilon(step, p.delta, allow_large_delta=p.allow_large_delta)
-    return StagePlan(stage.name, stage.data, step, report, p.epsilon, p.delta)
+    return StagePlan(stage.name, ledger_stage, stage.data, step, report, p.epsilon, p.delta)
 
 
 def trainable_numbers(adapter: AdapterConfig, parameters: int, linears: Mapping[str, tuple[int, int]]) -> int:

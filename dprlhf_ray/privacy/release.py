@@ -18,7 +18,7 @@ class Released:
     """One metric that may be written to a released file.
 
     origin: noised (a charged Gaussian release), public_prompts (computed on public data with released weights),
-    accounting (public parameters of the ledger), config (a public constant). std: standard deviation of the noise in it.
+    accounting (public parameters of the ledger), config (a public constant). std: standard deviation of its noise.
     """
 
     name: str

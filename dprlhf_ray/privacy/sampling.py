@@ -1,4 +1,5 @@
-"""Secret Poisson sampling: every unit is drawn independently with probability q, by the operating system's randomness."""
+"""Secret Poisson sampling: every unit is drawn independently with probability q, by the operating system's
+randomness."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ import numpy as np
 def poisson_draw(population: int, sampling_rate: float) -> np.ndarray:
     """Slots of one draw, ascending, int64. PRIVATE: never logged, stored or derived from the config.
 
-    Each of `population` slots is included independently with probability `sampling_rate`. The generator is keyed with 256
-    fresh bits from the operating system and thrown away, so no two draws share state and nothing can be replayed after a
-    restart. The draw may be empty; it has no upper limit.
+    Each of `population` slots is included independently with probability `sampling_rate`. The generator is keyed with
+    256 fresh bits from the operating system and thrown away, so no two draws share state and nothing can be replayed
+    after a restart. The draw may be empty; it has no upper limit.
     """
     if not 0.0 < sampling_rate <= 1.0:
         raise ValueError(f"sampling_rate must be in (0, 1], not {sampling_rate}")

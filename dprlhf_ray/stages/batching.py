@@ -31,9 +31,11 @@ class MicroBatch:
         return MicroBatch(**{k: v.to(device) for k, v in vars(self).items()})
 
 
-def plan(experiences: Sequence[Experience], group: int, token_budget: int, max_units: int, pad_id: int) -> list[MicroBatch]:
-    """Micro-batches of the non-null units, longest first, at most `token_budget` padded tokens and `max_units` units each
-    (one unit at least). Null records are left out: they contribute exactly zero."""
+def plan(
+    experiences: Sequence[Experience], group: int, token_budget: int, max_units: int, pad_id: int
+) -> list[MicroBatch]:
+    """Micro-batches of the non-null units, longest first, at most `token_budget` padded tokens and `max_units` units
+    each (one unit at least). Null records are left out: they contribute exactly zero."""
     units = sorted((e for e in experiences if not e.is_null), key=_longest, reverse=True)
     batches, start = [], 0
     while start < len(units):
@@ -74,7 +76,10 @@ def collate(units: Sequence[Experience], group: int, pad_id: int) -> MicroBatch:
 
 
 def deal(experiences: Sequence[Experience], ranks: int) -> list[list[Experience]]:
-    """Share a draw among learner ranks, by length so that ranks get equal work. Sums do not depend on who holds a unit."""
+    """Share a draw among learner ranks, by length so that ranks get equal work.
+
+    Sums do not depend on who holds a unit.
+    """
     ordered = sorted(experiences, key=_longest, reverse=True)
     return [list(ordered[r::ranks]) for r in range(ranks)]
 

@@ -108,7 +108,7 @@ class RLObjective:
         if self._reference is not None:
             yield self._reference
         else:
-            with self.policy.model.disable_adapter():  # type: ignore[operator, union-attr]
+            with self.policy.model.disable_adapter():  # type: ignore[operator]
                 yield self.policy
 
     def _metrics(self, batch: MicroBatch, clipped: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ class Net(nn.Module):
 
 
 def _loss(net: nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(net(ids).flatten(0, 1), targets.flatten(), reduction="none").view(ids.shape).sum(1)
+    return (
+        nn.functional.cross_entropy(net(ids).flatten(0, 1), targets.flatten(), reduction="none").view(ids.shape).sum(1)
+    )
 
 
 @pytest.mark.parametrize("rows_per_unit", [1, 3])
@@ -122,7 +124,7 @@ def test_sampling_is_poisson() -> None:
 
 
 def test_noise_has_the_scale_that_is_charged_and_no_other() -> None:
-    """False: the standard deviation on the sum is not sigma C (2/3, 3/2 and sqrt 2 of it are rejected), or it repeats."""
+    """False: the deviation on the sum is not sigma C (2/3, 3/2 and sqrt 2 of it are rejected), or it repeats."""
     size, expected = 200_000, STEP.noise_multiplier * STEP.clip_norm
     permit = Permit.of("t", "rl", 1, STEP, "i")
     first, second = (noise_gradient(torch.zeros(size), permit).value for _ in range(2))
