@@ -17,7 +17,7 @@ from dprlhf_ray.actors.cluster import ray, session  # first: sets Ray's environm
 from dprlhf_ray.actors.fleet import Fleet
 from dprlhf_ray.actors.learner import LearnerSpec
 from dprlhf_ray.actors.learner_group import LearnerGroup, LearnersRestarted
-from dprlhf_ray.actors.roles import start_accountant, start_scorer
+from dprlhf_ray.actors.roles import spent, start_accountant, start_scorer
 from dprlhf_ray.config import RLStage, RunConfig
 from dprlhf_ray.data.preflight import check_population, preflight
 from dprlhf_ray.data.sources import Prompts, load_prompts, load_public_prompts
@@ -114,7 +114,7 @@ def _rl(
     )
     _publish(roles, "publish")
     before = _before(here, stage, roles, public, show)
-    attempt = ray.get(roles.accountant.spent.remote(plan.ledger_stage))
+    attempt = spent(roles.accountant, plan.ledger_stage)
     show.begin(stage.name, attempt, stage.privacy.steps)
     baseline = last_value(read_metrics(here.root), stage.name, "private/reward")
     while attempt < stage.privacy.steps:
@@ -131,20 +131,24 @@ def _rl(
                 ([ray.put(share)], baseline, reserved.token) for share in deal(experiences, config.learner.num_workers)
             ]
             released = _publish(roles, "update", shares, clock)
+            if attempt % config.learner.checkpoint_every == 0 or attempt == stage.privacy.steps:
+                head = ray.get(roles.accountant.head.remote())
+                roles.learners.call("save", [(attempt, head)] * config.learner.num_workers)
+            clock.lap("checkpoint")
         except LearnersRestarted as e:
             show.say(f"{e}; going on from the newest checkpoint")
             roles.learners.wait_ready()
             _publish(roles, "publish")
+            continue
+        except ray.exceptions.ActorUnavailableError:  # the accountant's: other roles' deaths are met where they happen
+            attempt = spent(roles.accountant, plan.ledger_stage)
+            show.say(f"the accountant died and is back; {attempt} attempts are spent")
             continue
         baseline = next((r.value for r in released if r.name == "private/reward"), baseline)
         if reserved.epsilon_spent is not None:
             released.append(Released("epsilon_spent", reserved.epsilon_spent, "accounting"))
         if config.evaluation.every and attempt % config.evaluation.every == 0:
             released.append(Released("public/reward", _evaluate(stage, roles, public).mean, "public_prompts"))
-        if attempt % config.learner.checkpoint_every == 0 or attempt == stage.privacy.steps:
-            head = ray.get(roles.accountant.head.remote())
-            roles.learners.call("save", [(attempt, head)] * config.learner.num_workers)
-        clock.lap("checkpoint")
         log.write(stage.name, attempt, released)
         status = roles.fleet.status()
         gauges.step(stage.name, attempt, reserved.epsilon_spent, released)

@@ -1,7 +1,8 @@
-"""Starting the small roles: accountant and scorer, as named actors."""
+"""The small roles, as named actors: accountant and scorer."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import ray
@@ -25,6 +26,18 @@ def start_accountant(ledger: str, key: str | None, anchor: str | None, namespace
         .options(name="accountant", namespace=namespace, num_cpus=0, max_restarts=-1, scheduling_strategy=here)
         .remote(ledger, key, anchor)
     )
+
+
+def spent(accountant: Any, stage: str, patience: float = 120.0) -> int:
+    """Attempts of a stage charged so far; waits up to `patience` seconds for an accountant that is starting again."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return int(ray.get(accountant.spent.remote(stage)))
+        except ray.exceptions.ActorUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def start_scorer(stage: RLStage, namespace: str) -> Any:
