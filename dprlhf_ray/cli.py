@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,8 @@ def run(
     from dprlhf_ray.data.preflight import preflight
 
     preflight(parsed, folder)  # before the heavy imports of the pipeline
+    if not parsed.learner.use_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would say so on standard output
     from dprlhf_ray import pipeline
 
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from dprlhf_ray.actors.cluster import ray, session  # first: sets Ray's environment before ray is imported
 from dprlhf_ray.actors.fleet import Fleet
-from dprlhf_ray.actors.learner import LearnerSpec
+from dprlhf_ray.actors.learner import CHECK_SEQUENCES, LearnerSpec
 from dprlhf_ray.actors.learner_group import LearnerGroup, LearnersRestarted
 from dprlhf_ray.actors.roles import spent, start_accountant, start_scorer
 from dprlhf_ray.config import RLStage, RunConfig
@@ -37,7 +37,7 @@ from dprlhf_ray.records import Experience, Prompt
 from dprlhf_ray.run_dir import RunDir, open_run_dir, read_json, write_atomically
 from dprlhf_ray.stages.batching import deal
 
-CHECK_SEQUENCES = 6  # public prompts on which engines and learner are compared after each sync
+PUBLIC_SEQUENCES = 64  # public texts that learners know: for the check after each sync, and for adapter kind steering
 
 
 @dataclass
@@ -239,10 +239,12 @@ def _roles(
 ) -> Iterator[Roles]:
     """Start a stage's roles (they come up side by side) and end them."""
     stage, data = config.stages[index], config.data[config.stages[index].data]
-    public = load_public_prompts(config.evaluation, tokenizer, None, 0, data)[:CHECK_SEQUENCES]
+    public = load_public_prompts(config.evaluation, tokenizer, None, 0, data)[:PUBLIC_SEQUENCES]
     sequences = tuple(p.token_ids[:32] for p in public)
     path = str(resolve_model(config.model.name))
-    fleet = Fleet(path, config.rollout, stage.generation, config.model.dtype, sequences, namespace=namespace)
+    fleet = Fleet(
+        path, config.rollout, stage.generation, config.model.dtype, sequences[:CHECK_SEQUENCES], namespace=namespace
+    )
     spec = LearnerSpec(config, index, plan.step, str(here.root), sequences)
     fleet.start(config.rollout.replicas)
     learners = LearnerGroup(spec, namespace, "accountant")

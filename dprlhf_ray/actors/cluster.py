@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,10 +46,12 @@ def session(config: RunConfig) -> Iterator[str]:
         "logging_level": logging.ERROR,
         "runtime_env": {"env_vars": worker_env},
     }
+    scratch = ""
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, **common)
     else:
+        scratch = tempfile.mkdtemp(prefix="ray-")
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, config.learner.num_workers),
@@ -56,10 +59,12 @@ def session(config: RunConfig) -> Iterator[str]:
             dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",
             _system_config={"automatic_object_spilling_enabled": False},  # private text stays in memory
-            _temp_dir=tempfile.mkdtemp(prefix="ray-"),
+            _temp_dir=scratch,
             **common,
         )
     try:
         yield namespace
     finally:
         ray.shutdown()
+        if scratch:  # logs and sockets of a cluster that is gone
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -38,6 +38,7 @@ from dprlhf_ray.records import Experience
 from dprlhf_ray.stages import batching
 from dprlhf_ray.stages.rl import METRIC_BOUND, METRICS, Draw, RLObjective
 
+CHECK_SEQUENCES = 6  # public sequences on which engines and learner are compared after each sync
 GRADIENT_BYTES = 256 << 20  # per-record gradients held at once; speed and memory only
 
 
@@ -74,6 +75,8 @@ class Learner:
         self.pad_id = int(pad if pad is not None else self.tokenizer.eos_token_id)
         with_values = self.stage.algorithm.kind == "ppo"
         policy = load_policy(self.base_path, config.model, config.seed, with_values, config.rollout.max_model_len)
+        if config.model.adapter.kind == "steering":
+            adapters.point_at_mean_input(policy.model, spec.public_sequences)
         if config.learner.gradient_checkpointing:
             policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
             policy.causal_lm.train()
@@ -185,7 +188,7 @@ class Learner:
     def public_log_probs(self) -> list[list[float]]:
         """log-probabilities of tokens 1.. of the fixed public sequences, under the current weights."""
         results = []
-        for sequence in self.spec.public_sequences:
+        for sequence in self.spec.public_sequences[:CHECK_SEQUENCES]:
             ids = torch.tensor([sequence], device=self.engine.device)
             with torch.no_grad():
                 scored = self.policy(ids, torch.ones(1, dtype=torch.long, device=ids.device), ids[:, 1:])

@@ -6,6 +6,8 @@ All kinds are PEFT LoRA layers, so all of them export as an ordinary LoRA adapte
     ffa_lora  W + s B A            B trains, A stays at its random start         (Sun et al. 2024, arXiv 2403.12313)
     lora_xs   W + s U R V^T        R (r x r) trains; U, V: leading singular vectors of W
                                                                                  (Balazy et al. 2024, arXiv 2405.17604)
+    steering  W + b a^T            b trains; a: the mean input on public text, scaled so that a^T x is 1 on average: an
+                                   added output vector per matrix (Turner et al. 2023, arXiv 2308.10248), learned
     full      all weights train, no adapter
 
 with s = alpha / rank. Fewer trainable numbers mean less noise: its norm grows with their square root.
@@ -13,7 +15,7 @@ with s = alpha / rank. Fewer trainable numbers mean less noise: its norm grows w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,30 +62,27 @@ def attach(model: nn.Module, config: AdapterConfig, seed: int) -> nn.Module:
         for p in model.parameters():
             p.requires_grad_(True)
         return model.float()
-    layers = getattr(model.config, "num_hidden_layers", None)
-    keep = None
-    if config.last_layers is not None and layers:
-        keep = list(range(max(0, layers - config.last_layers), layers))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            peft = get_peft_model(model, lora_config(config, keep))
+            peft = get_peft_model(model, lora_config(config))
         except ValueError as e:
             raise ConfigError(f"model.adapter.target_modules: {str(e).splitlines()[0]}") from None
         for _, layer in lora_layers(peft):
-            if config.kind == "ffa_lora":
+            if config.kind in ("ffa_lora", "steering"):
                 layer.lora_A[ADAPTER].weight.requires_grad_(False)
             elif config.kind == "lora_xs":
                 _to_core(layer, config.rank)
     return peft
 
 
-def lora_config(config: AdapterConfig, layers: list[int] | None) -> LoraConfig:
+def lora_config(config: AdapterConfig) -> LoraConfig:
+    steering = config.kind == "steering"
     return LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides by r, a float is fine
+        r=1 if steering else config.rank,
+        lora_alpha=1.0 if steering else config.alpha,  # type: ignore[arg-type]  # PEFT divides by r, a float is fine
         target_modules=list(config.target_modules),
-        layers_to_transform=layers,
+        layers_to_transform=None if config.layers is None else list(config.layers),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -104,6 +103,30 @@ def _to_core(layer: Any, rank: int) -> None:
     a.weight = nn.Parameter(right[:, :rank].T.contiguous().to(weight.dtype), requires_grad=False)
     layer.lora_A[ADAPTER] = a
     layer.lora_B[ADAPTER] = CoreB(left[:, :rank].contiguous().to(weight.dtype), rank)
+
+
+def point_at_mean_input(model: nn.Module, sequences: Sequence[Sequence[int]]) -> None:
+    """Kind steering: set each a to m / |m|^2, m the matrix's mean input over tokens 1.. of public sequences (the first
+    token is left out: its activations are of another size)."""
+    sums: dict[str, Tensor] = {}
+    hooks = []
+    for name, layer in lora_layers(model):
+
+        def watch(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            total = inputs[0][:, 1:].float().sum((0, 1))
+            sums[name] = sums[name] + total if name in sums else total
+
+        hooks.append(layer.register_forward_pre_hook(watch))
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for sequence in sequences:
+            model(input_ids=torch.tensor([list(sequence)], device=device))
+    for hook in hooks:
+        hook.remove()
+    count = sum(len(s) - 1 for s in sequences)
+    for name, layer in lora_layers(model):
+        mean = sums[name] / count
+        layer.lora_A[ADAPTER].weight.data.copy_((mean / mean.square().sum()).unsqueeze(0))
 
 
 def frozen_parts(model: nn.Module) -> dict[str, Tensor]:
@@ -153,14 +176,12 @@ def save_peft(model: nn.Module, base_name: str, config: AdapterConfig, folder: P
     """Write an ordinary PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors, float32)."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
-    layers: set[int] = set()
     for name, layer in lora_layers(model):
         a, b, _ = lora_factors(layer)
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-        layers.update(int(part) for part in name.split(".") if part.isdigit())
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    peft_config = lora_config(config, sorted(layers) if config.last_layers is not None else None)
+    peft_config = lora_config(config)
     peft_config.base_model_name_or_path = base_name
     peft_config.inference_mode = True
     peft_config.save_pretrained(str(folder))
@@ -168,5 +189,5 @@ def save_peft(model: nn.Module, base_name: str, config: AdapterConfig, folder: P
 
 __all__ = [
     "ADAPTER", "CoreB", "PeftModel", "attach", "frozen_parts", "load_file", "load_frozen_parts",
-    "lora_factors", "lora_layers", "merged", "round_to", "save_peft",
+    "lora_factors", "point_at_mean_input", "lora_layers", "merged", "round_to", "save_peft",
 ]  # fmt: skip

@@ -72,12 +72,16 @@ def trainable_numbers(adapter: AdapterConfig, parameters: int, linears: Mapping[
     if adapter.kind == "full":
         return parameters
     targets = {n: s for n, s in linears.items() if n.endswith(tuple(f".{t}" for t in adapter.target_modules))}
-    if adapter.last_layers is not None:
-        number = {n: max((int(part) for part in n.split(".") if part.isdigit()), default=-1) for n in targets}
-        first = max(number.values(), default=0) + 1 - adapter.last_layers
-        targets = {n: s for n, s in targets.items() if number[n] >= first}
+    if adapter.layers is not None:
+        chosen = {str(n) for n in adapter.layers}
+        targets = {n: s for n, s in targets.items() if chosen & set(n.split("."))}
     r = adapter.rank
-    each = {"lora": lambda o, i: r * (o + i), "ffa_lora": lambda o, i: r * o, "lora_xs": lambda o, i: r * r}
+    each = {
+        "lora": lambda o, i: r * (o + i),
+        "ffa_lora": lambda o, i: r * o,
+        "lora_xs": lambda o, i: r * r,
+        "steering": lambda o, i: o,
+    }
     return sum(each[adapter.kind](*shape) for shape in targets.values())
 
 

@@ -15,7 +15,7 @@ from dprlhf_ray.models import adapters
 from dprlhf_ray.models.policy import load_policy, sync_weights
 from dprlhf_ray.privacy.planning import trainable_numbers
 
-KINDS = ["lora", "ffa_lora", "lora_xs", "full"]
+KINDS = ["lora", "ffa_lora", "lora_xs", "steering", "full"]
 
 
 def _policy(model: Path, kind: str, **adapter: object):  # type: ignore[no-untyped-def]
@@ -49,11 +49,11 @@ def test_merged_weights_are_the_policy(kind: str, tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("last", [None, 2])
-def test_the_plan_counts_what_trains(kind: str, last: int | None, tiny_model: Path) -> None:
+@pytest.mark.parametrize("layers", [None, (1, 3)])
+def test_the_plan_counts_what_trains(kind: str, layers: tuple[int, ...] | None, tiny_model: Path) -> None:
     """False: `dprlhf plan` promises another dimension, and so another noise, than the learner has."""
     adapter = AdapterConfig.model_validate(
-        {"kind": kind, "rank": 2, "target_modules": ["q_proj", "v_proj"], "last_layers": last}
+        {"kind": kind, "rank": 2, "target_modules": ["q_proj", "v_proj"], "layers": layers}
     )
     policy = load_policy(tiny_model, ModelConfig(dtype="float32", adapter=adapter), seed=0)
     facts = model_facts(str(tiny_model))
@@ -62,7 +62,7 @@ def test_the_plan_counts_what_trains(kind: str, last: int | None, tiny_model: Pa
     assert trainable_numbers(adapter, facts.parameters, facts.linears) == trains
 
 
-@pytest.mark.parametrize("kind", ["lora", "ffa_lora", "lora_xs"])
+@pytest.mark.parametrize("kind", ["lora", "ffa_lora", "lora_xs", "steering"])
 def test_the_start_is_the_base_model(kind: str, tiny_model: Path) -> None:
     """False: an adapter changes the policy before anything was learned."""
     policy, base = _policy(tiny_model, kind), AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
