@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,8 @@ def run(
 ) -> None:
     """Run the configured stages with progress, an epsilon meter and ETA.
 
-    Exit codes: 0 done, 2 bad config or input, 3 budget exhausted, 4 ledger damaged or fenced, 130 interrupted.
+    Exit codes: 0 done, 1 a failure that no setting explains, 2 bad config or input, 3 budget exhausted, 4 ledger
+    damaged or fenced, 130 interrupted.
     """
     parsed = cfg.load(config, overrides)
     folder = output or Path("runs") / parsed.name
@@ -58,7 +60,10 @@ def run(
     try:
         result = pipeline.run(parsed, folder, resume)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; continue with: dprlhf run {config} --output {folder} --resume") from None
+        again = "".join(f" --set {shlex.quote(item)}" for item in overrides or [])
+        raise Interrupted(
+            f"interrupted; continue with: dprlhf run {config}{again} --output {folder} --resume"
+        ) from None
     typer.echo(
         f"\nNext: open {result.run_dir / 'report.html'}; dprlhf certificate {folder}; dprlhf ledger show {folder};\n"
         f"      dprlhf generate {folder / 'models' / parsed.stages[-1].name / 'merged'} --prompt 'The film'; "
@@ -236,7 +241,8 @@ def _plan_config(config: cfg.RunConfig) -> list[dict[str, Any]]:
     for stage in config.stages:
         if stage.data not in facts.populations:
             raise ConfigError(
-                f"plan: the size of data set {stage.data!r} is not known before it is downloaded; run it once"
+                f"plan: the size of data set {stage.data!r} is not known (a hub data set): "
+                "use plan --epsilon --delta --sampling-rate --steps"
             )
         found = plan_stage(stage, facts.populations[stage.data])
         row: dict[str, Any] = {"stage": stage.name, **found.step.parameters(), "delta": found.delta}

@@ -61,8 +61,8 @@ class DataConfig(Section):
         description='"embedded:movie-reviews", a .jsonl(.gz)/.parquet/.csv path, or a hub name',
     )
     split: str = Field("train", description="split of a hub data set")
-    columns: dict[Literal["prompt", "id"], str] = Field(
-        default_factory=dict, description="remap: our name -> column name in the source"
+    columns: dict[Literal["prompt"], str] = Field(
+        default_factory=dict, description="remap, e.g. {prompt: question}: our name -> column name in the source"
     )
     prompt_tokens: int | None = Field(
         None, ge=1, description="keep only the first n tokens of each prompt (a record-local public rule); null: whole"
@@ -202,7 +202,9 @@ class LearnerConfig(Section):
         2048, ge=16, description="tokens (with padding) per micro-batch; speed and memory only"
     )
     gradient_checkpointing: bool = False
-    threads: int | None = Field(None, ge=1, description="torch threads per worker (null: all cores of the machine)")
+    threads: int | None = Field(
+        None, ge=1, description="torch threads per worker (null: cores of the machine / num_workers)"
+    )
     checkpoint_every: int = Field(1, ge=1, description="steps between checkpoints")
     max_failures: int = Field(3, ge=0, description="restarts of the learner group before the run gives up")
 

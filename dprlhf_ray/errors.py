@@ -14,7 +14,7 @@ class ConfigError(DprlhfError):
 
 
 class BudgetExhausted(DprlhfError):
-    """A charge would exceed the budget; what was trained so far is saved and certified."""
+    """A charge would exceed what was planned and paid for; checkpoints of what was trained so far are there."""
 
     exit_code = 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -88,6 +89,10 @@ def preflight(config: RunConfig, output: Path | None = None, available_gib: floa
         if stage.data in populations:
             check_population(stage, populations[stage.data])
     _check_evaluation(config)
+    if config.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "tracking.wandb_project: the package wandb is not installed: pip install wandb, or leave it out"
+        )
     return Facts(populations, populations.get(config.stages[0].data), model, needed, available)
 
 
@@ -182,6 +187,11 @@ def _check_model(config: RunConfig, model: ModelFacts) -> None:
     adapter: AdapterConfig = config.model.adapter
     if adapter.kind == "full":
         return
+    depth = 1 + max((int(part) for n in model.linears for part in n.split(".") if part.isdigit()), default=-1)
+    if adapter.layers is not None and max(adapter.layers) >= depth:
+        raise ConfigError(
+            f"model.adapter.layers: {max(adapter.layers)} is not a layer of {config.model.name}, which has 0 to {depth - 1}"
+        )
     blocks = {n.rsplit(".", 1)[-1] for n in model.linears if any(part.isdigit() for part in n.split("."))}
     for target in adapter.target_modules:
         if not any(n == target or n.endswith(f".{target}") for n in model.linears):

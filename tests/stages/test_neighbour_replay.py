@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from dprlhf_ray import config as cfg
+from dprlhf_ray.config import AdapterConfig, AlgorithmConfig
 from dprlhf_ray.models.policy import load_policy
 from dprlhf_ray.privacy.clipping import ClippedSum
 from dprlhf_ray.privacy.per_unit import Recorder
@@ -17,7 +19,7 @@ from dprlhf_ray.records import Completion, Experience, Prompt
 from dprlhf_ray.stages import batching
 from dprlhf_ray.stages.rl import METRIC_BOUND, Draw, RLObjective
 
-ALGORITHMS = ["ppo", "rloo", "grpo", "reinforce"]
+ALGORITHMS = list(get_args(AlgorithmConfig.model_fields["kind"].annotation))
 
 
 def _objective(model: Path, algorithm: str, kind: str, clip_norm: float) -> RLObjective:
@@ -62,7 +64,7 @@ def _sum(objective: RLObjective, units: list[Experience], budget: int = 96) -> t
 
 
 @pytest.mark.parametrize("clip_norm", [1e-3, 1e3])
-@pytest.mark.parametrize("kind", ["lora", "lora_xs", "full"])
+@pytest.mark.parametrize("kind", list(get_args(AdapterConfig.model_fields["kind"].annotation)))
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_nulling_a_unit_removes_its_own_clipped_gradient_and_nothing_else(
     algorithm: str, kind: str, clip_norm: float, tiny_model: Path
