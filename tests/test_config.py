@@ -46,7 +46,7 @@ def line_of(refused: Callable[[], Any]) -> str:
         (tree(model="embedded"), "config: model: should be a section of keys and values (got 'embedded')"),
         (
             tree(model={"adapter": {"kind": "lorra"}}),
-            "config: model.adapter.kind: should be 'lora', 'ffa_lora', 'lora_xs' or 'full' (got 'lorra')",
+            "config: model.adapter.kind: should be 'lora', 'ffa_lora', 'lora_xs', 'steering' or 'full' (got 'lorra')",
         ),
         (
             tree(stages=[{"privacy": {}}]),
@@ -160,6 +160,32 @@ def test_preflight_refuses_delta_of_at_least_one_over_n_unless_overridden(tiny_m
     assert "privacy.delta is 0.001, which is not below 1/N = 0.00011 for data set 'reviews' (8990 records)" in line
     bad[0]["privacy"]["allow_large_delta"] = True
     assert check(tiny_model, stages=bad).population == 8990
+
+
+def test_preflight_sees_one_file_behind_two_spellings(tiny_model: Path, tmp_path: Path) -> None:
+    """False: private prompts would be evaluated as public ones, or one data set be certified twice under two names."""
+    (tmp_path / "x.jsonl").write_text('{"prompt": "hello"}\n' * 900)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "x.jsonl")
+    mine, alias = str(tmp_path / "x.jsonl"), str(tmp_path / ".." / tmp_path.name / "link.jsonl")
+    stages = [{"privacy": {"epsilon": 8}}]
+    line = line_of(
+        lambda: check(
+            tiny_model,
+            data={"reviews": {"source": mine, "prompt_tokens": 5}},
+            evaluation={"source": alias},
+            stages=stages,
+        )
+    )
+    assert "evaluation needs public prompts" in line
+    twice = {"reviews": {"source": mine, "prompt_tokens": 5}, "again": {"source": alias}}
+    assert "are one source" in line_of(lambda: check(tiny_model, data=twice, stages=stages))
+
+
+def test_preflight_refuses_a_layer_that_is_not_there(tiny_model: Path) -> None:
+    adapter = {"kind": "steering", "target_modules": ["down_proj"], "layers": [1, 99]}
+    assert "99 is no layer of" in line_of(
+        lambda: check(tiny_model, model={"name": str(tiny_model), "adapter": adapter})
+    )
 
 
 def test_preflight_refuses_a_scorer_that_cannot_be_imported(tiny_model: Path) -> None:

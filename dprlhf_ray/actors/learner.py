@@ -142,7 +142,7 @@ class Learner:
         group = self.stage.algorithm.completions_per_prompt
         max_units = max(1, GRADIENT_BYTES // (4 * self.recorder.dimension))
         batches = batching.plan(experiences, group, self.spec.config.learner.micro_batch_tokens, max_units, self.pad_id)
-        count = torch.tensor(len(batches))
+        count = torch.tensor(len(batches), device=self.engine.device)
         dist.all_reduce(count, dist.ReduceOp.MAX)
         return batches + [batching.empty(group, self.pad_id)] * (int(count) - len(batches))
 

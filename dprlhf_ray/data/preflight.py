@@ -190,7 +190,7 @@ def _check_model(config: RunConfig, model: ModelFacts) -> None:
     depth = 1 + max((int(part) for n in model.linears for part in n.split(".") if part.isdigit()), default=-1)
     if adapter.layers is not None and max(adapter.layers) >= depth:
         raise ConfigError(
-            f"model.adapter.layers: {max(adapter.layers)} is not a layer of {config.model.name}, which has 0 to {depth - 1}"
+            f"model.adapter.layers: {max(adapter.layers)} is no layer of {config.model.name}: give 0 to {depth - 1}"
         )
     blocks = {n.rsplit(".", 1)[-1] for n in model.linears if any(part.isdigit() for part in n.split("."))}
     for target in adapter.target_modules:
@@ -227,11 +227,23 @@ def _check_evaluation(config: RunConfig) -> None:
         check_embedded(source)
     elif is_file_source(source):
         file_path(source)
+    seen: dict[str, str] = {}
     for name, data in config.data.items():
-        if data.source == source:
+        if _same(data.source) == _same(source):
             raise ConfigError(
                 f"evaluation.source: {source} is also the private data set {name!r}: evaluation needs public prompts"
             )
+        key = f"{_same(data.source)} {'' if is_file_source(data.source) else data.split}"
+        if key in seen:
+            raise ConfigError(
+                f"data: {seen[key]!r} and {name!r} are one source; declare it once, so that its charges add up"
+            )
+        seen[key] = name
+
+
+def _same(source: str) -> str:
+    """One spelling per source: the real path of a file, whatever the way it was written."""
+    return str(Path(source).expanduser().resolve()) if is_file_source(source) else source
 
 
 def _check_output(output: Path) -> None:

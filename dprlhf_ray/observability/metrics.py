@@ -32,7 +32,8 @@ class MetricsLog:
         if tracking.wandb_project:
             import wandb
 
-            self._wandb = wandb.init(project=tracking.wandb_project, name=name, dir=str(run_dir))
+            settings = wandb.Settings(console="off", x_disable_stats=True)  # released values only
+            self._wandb = wandb.init(project=tracking.wandb_project, name=name, dir=str(run_dir), settings=settings)
 
     def write(self, stage: str, attempt: int, values: Sequence[Released]) -> None:
         """Append one step's values, durably."""
@@ -47,7 +48,7 @@ class MetricsLog:
         flat = {f"{stage}/{v.name}": v.value for v in values}
         if self._tensorboard:
             for key, value in flat.items():
-                self._tensorboard.add_scalar(key, value, attempt)
+                self._tensorboard.add_scalar(key, value, attempt, walltime=attempt)
             self._tensorboard.flush()
         if self._wandb:
             self._wandb.log(flat)

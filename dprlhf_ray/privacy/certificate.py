@@ -24,7 +24,7 @@ EXCLUDED = (
     "hyper-parameter search (not charged)",
     "that aborts may depend on the data (assumed independent)",
     "the finite precision of floating-point Gaussian noise",
-    "that a completion's numerics may depend on what else is in the engine's batch",
+    "that rounding in a completion or a gradient may depend on what else is in the batch (engine and learner)",
 )
 
 
@@ -69,10 +69,10 @@ def certificate(
         "private with respect to each data set below, as stated, under the assumptions listed.",
         "data_sets": datasets,
         "stages": stages,
-        "sampler": "Poisson, keyed per draw with 256 bits of the operating system's randomness",
+        "sampler": "Poisson, by Philox with a fresh 128-bit key from the operating system per draw",
         "noise": "none" if void else
-        "Gaussian, once per coordinate on the sum over all ranks, float64 draws, keyed per release by the "
-        "operating system",
+        "Gaussian, once per coordinate on the sum over all ranks, float64 draws by Philox with a fresh "
+        "128-bit key from the operating system per release",
         "metrics_released": {
             "private/*": "per-unit values clipped to one joint bound, summed, noised (metric_noise_multiplier), "
             "divided by the public expected batch; one release per draw, part of the mechanism that is accounted for",
@@ -112,7 +112,11 @@ def readable(c: Mapping[str, Any]) -> str:
         run = d["run"]
         bound = "no guarantee" if run is None else f"epsilon {run['epsilon_pld']:.4f} at delta {run['delta']:g}"
         all_runs = d["cumulative"]
-        total = "" if all_runs is None else f" (cumulative in this ledger: {all_runs['epsilon_pld']:.4f})"
+        total = (
+            " (cumulative in this ledger: no guarantee)"
+            if all_runs is None
+            else f" (cumulative in this ledger: {all_runs['epsilon_pld']:.4f})"
+        )
         lines += [
             f"- data set **{name}** ({d['records']} records, {d['source']}): {bound}{total}; "
             f"the ledger knows of {d['ledger_knows']}"

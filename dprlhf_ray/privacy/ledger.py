@@ -117,6 +117,13 @@ class Ledger:
         if not dataset or not stage:
             raise ConfigError("data, stage: a schedule needs a data set name and a stage name")
         body: dict[str, Any] = {"step": step.parameters(), "epsilon": epsilon, "delta": delta}
+        for other in self._state.schedules.values():
+            mine, theirs = (step.unit, step.adjacency), (other.step.unit, other.step.adjacency)
+            if other.dataset == dataset and mine != theirs:
+                raise ConfigError(
+                    f"stage {stage!r}: unit and adjacency {mine}, but data set {dataset!r} was charged with {theirs}: "
+                    "guarantees about different neighbours do not compose; declare them alike"
+                )
         known = self._state.schedules.get(stage)
         if known is not None:
             if known != Schedule(dataset, stage, step, epsilon, delta, known.spent):

@@ -11,8 +11,8 @@ import numpy as np
 def poisson_draw(population: int, sampling_rate: float) -> np.ndarray:
     """Slots of one draw, ascending, int64. PRIVATE: never logged, stored or derived from the config.
 
-    Each of `population` slots is included independently with probability `sampling_rate`. The generator is keyed with
-    256 fresh bits from the operating system and thrown away, so no two draws share state and nothing can be replayed
+    Each of `population` slots is included independently with probability `sampling_rate`. The generator gets a fresh
+    128-bit key from the operating system and is thrown away, so no two draws share state and nothing can be replayed
     after a restart. The draw may be empty; it has no upper limit.
     """
     if not 0.0 < sampling_rate <= 1.0:

@@ -158,3 +158,12 @@ def test_noise_does_not_follow_the_seed() -> None:
         torch.manual_seed(0)
         draws.append(noise_gradient(torch.zeros(50), Permit.of("t", "rl", 1, STEP, "i")).value)
     assert not torch.equal(*draws)
+
+
+def test_noise_uses_more_of_its_key_than_can_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """False: keys that differ above bit 32 give the same noise, and an attacker who tries 2^32 of them subtracts it."""
+    draws = []
+    for key in (7, 7 + (1 << 40), 7 + (1 << 100)):
+        monkeypatch.setattr("dprlhf_ray.privacy.noise.secrets.randbits", lambda bits, key=key: key)
+        draws.append(noise_gradient(torch.zeros(50), Permit.of("t", "rl", 1, STEP, "i")).value)
+    assert not any(torch.equal(a, b) for a, b in ((draws[0], draws[1]), (draws[0], draws[2]), (draws[1], draws[2])))
