@@ -94,6 +94,7 @@ def run(
             with _roles(config, index, plan, here, namespace, accountant, tokenizer) as roles:
                 comparisons[stage.name] = _rl(config, index, plan, here, roles, prompts, tokenizer, show, on_step)
         write_certificate(here.root, config, plans, *_ledger_figures(accountant, plans))
+        ray.get(accountant.close.remote())  # the ledger is one whole file again
         write_report(here.root)
         show.say(f"certificate, report and models are in {output}")
     return Result(here.root, comparisons)
