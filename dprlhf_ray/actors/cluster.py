@@ -62,9 +62,16 @@ def session(config: RunConfig) -> Iterator[str]:
             _temp_dir=scratch,
             **common,
         )
+    failed = True
     try:
         yield namespace
+        failed = False
     finally:
         ray.shutdown()
-        if scratch:  # logs and sockets of a cluster that is gone
-            shutil.rmtree(scratch, ignore_errors=True)
+        if scratch and not failed:
+            remove_scratch(scratch)
+
+
+def remove_scratch(folder: str) -> None:
+    """Logs and sockets of a local cluster that is gone; those of a failed run stay for the operator."""
+    shutil.rmtree(folder, ignore_errors=True)

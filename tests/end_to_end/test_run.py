@@ -64,7 +64,9 @@ def done(world: World, tmp_path_factory: pytest.TempPathFactory) -> Seen:
             seen.sequences = [list(s) for s in roles.fleet._check_sequences]
             seen.memory = roles.learners.call("publish")[3]
 
-    pipeline.run(seen.config, seen.root, on_step=watch)
+    with pytest.MonkeyPatch.context() as patch:  # the logs stay: they are searched
+        patch.setattr("dprlhf_ray.actors.cluster.remove_scratch", lambda folder: None)
+        pipeline.run(seen.config, seen.root, on_step=watch)
     return seen
 
 
