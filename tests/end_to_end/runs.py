@@ -92,6 +92,8 @@ class Command:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dprlhf_ray.cli", *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            # a shell that started the tests in the background made them, and their children, ignore Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         self.family: list[psutil.Process] = []
 
