@@ -187,13 +187,12 @@ class Learner:
 
     def public_log_probs(self) -> list[list[float]]:
         """log-probabilities of tokens 1.. of the fixed public sequences, under the current weights."""
-        results = []
-        for sequence in self.spec.public_sequences[:CHECK_SEQUENCES]:
-            ids = torch.tensor([sequence], device=self.engine.device)
-            with torch.no_grad():
-                scored = self.policy(ids, torch.ones(1, dtype=torch.long, device=ids.device), ids[:, 1:])
-            results.append(scored.log_probs[0].tolist())
-        return results
+        sequences = self.spec.public_sequences[:CHECK_SEQUENCES]
+        width = max(len(s) for s in sequences)
+        ids = torch.tensor([[*s, *[self.pad_id] * (width - len(s))] for s in sequences], device=self.engine.device)
+        with torch.no_grad():
+            scored = self.policy(ids, torch.ones(len(ids), dtype=torch.long, device=ids.device), ids[:, 1:])
+        return [row[: len(s) - 1] for row, s in zip(scored.log_probs.tolist(), sequences, strict=True)]
 
     def export(self, folder: str) -> None:
         """Write the released model (adapter, merged model, tokenizer); rank 0 writes."""
