@@ -58,7 +58,7 @@ def session(config: RunConfig) -> Iterator[str]:
             include_dashboard=config.ray.dashboard,
             dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",
-            _system_config={"automatic_object_spilling_enabled": False},  # private text stays in memory
+            _system_config={"automatic_object_spilling_enabled": False},  # no private text spilled to disk
             _temp_dir=scratch,
             **common,
         )
