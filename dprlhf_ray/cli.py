@@ -15,6 +15,7 @@ import typer
 from dprlhf_ray import __version__
 from dprlhf_ray import config as cfg
 from dprlhf_ray.errors import ConfigError, DprlhfError, Interrupted
+from dprlhf_ray.run_dir import check_run_dir
 
 app = typer.Typer(
     help="Reinforcement learning from human feedback on private data, with a differential-privacy guarantee.",
@@ -52,6 +53,7 @@ def run(
     folder = output or Path("runs") / parsed.name
     from dprlhf_ray.data.preflight import preflight
 
+    check_run_dir(folder, parsed, resume)
     preflight(parsed, folder)  # before the heavy imports of the pipeline
     if not parsed.learner.use_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would say so on standard output

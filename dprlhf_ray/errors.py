@@ -19,6 +19,10 @@ class BudgetExhausted(DprlhfError):
     exit_code = 3
 
 
+class NoLedger(ConfigError):
+    """There is no ledger yet where one was looked for."""
+
+
 class LedgerDamaged(DprlhfError):
     """The ledger is damaged, or a newer accountant has taken over (fenced)."""
 

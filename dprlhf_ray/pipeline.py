@@ -5,7 +5,6 @@ The driver holds the private records in memory and passes them to the roles; it 
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ from dprlhf_ray.actors.cluster import ray, session  # first: sets Ray's environm
 from dprlhf_ray.actors.fleet import Fleet
 from dprlhf_ray.actors.learner import CHECK_SEQUENCES, LearnerSpec
 from dprlhf_ray.actors.learner_group import LearnerGroup, LearnersRestarted
-from dprlhf_ray.actors.roles import spent, start_accountant, start_scorer
+from dprlhf_ray.actors.roles import ask, start_accountant, start_scorer
 from dprlhf_ray.config import RLStage, RunConfig
 from dprlhf_ray.data.preflight import check_population, preflight
 from dprlhf_ray.data.sources import Prompts, load_prompts, load_public_prompts
-from dprlhf_ray.errors import ConfigError
+from dprlhf_ray.errors import LedgerDamaged, NoLedger
 from dprlhf_ray.evaluation.public import Comparison, Evaluation, compare
 from dprlhf_ray.models.embedded import resolve_model
 from dprlhf_ray.observability.gauges import Gauges
@@ -85,16 +84,13 @@ def run(
             check_population(stage, len(prompts))
             plan = plan_stage(stage, len(prompts), here.run_id if config.ledger else None)
             plans.append(plan)
-            ray.get(
-                accountant.declare.remote(
-                    plan.dataset, plan.ledger_stage, plan.step, plan.target, plan.delta, stage.privacy.allow_large_delta
-                )
-            )
+            schedule = (plan.dataset, plan.ledger_stage, plan.step, plan.target, plan.delta)
+            ask(accountant, "declare", *schedule, stage.privacy.allow_large_delta)
             show.say(_plan_line(plan, prompts))
             with _roles(config, index, plan, here, namespace, accountant, tokenizer) as roles:
                 comparisons[stage.name] = _rl(config, index, plan, here, roles, prompts, tokenizer, show, on_step)
         write_certificate(here.root, config, plans, *_ledger_figures(accountant, plans))
-        ray.get(accountant.close.remote())  # the ledger is one whole file again
+        ask(accountant, "close")  # the ledger is one whole file again
         write_report(here.root)
         show.say(f"certificate, report and models are in {output}")
     return Result(here.root, comparisons)
@@ -108,14 +104,9 @@ def _rl(
     stage, data = config.stages[index], config.data[config.stages[index].data]
     public = load_public_prompts(config.evaluation, tokenizer, data.prompt_tokens, config.seed, data)
     log, gauges = MetricsLog(here.root, config.tracking, config.name), Gauges(config.name)
-    roles.learners.wait_ready()
-    show.say(
-        f"learners ready: {roles.learners.info['trainable']} trainable numbers, "
-        f"version {roles.learners.info['version']}"
-    )
-    _publish(roles, "publish")
+    _bring_up(roles, show)
     before = _before(here, stage, roles, public, show)
-    attempt = spent(roles.accountant, plan.ledger_stage)
+    attempt = ask(roles.accountant, "spent", plan.ledger_stage)
     show.begin(stage.name, attempt, stage.privacy.steps)
     baseline = last_value(read_metrics(here.root), stage.name, "private/reward")
     while attempt < stage.privacy.steps:
@@ -133,16 +124,15 @@ def _rl(
             ]
             released = _publish(roles, "update", shares, clock)
             if attempt % config.learner.checkpoint_every == 0 or attempt == stage.privacy.steps:
-                head = ray.get(roles.accountant.head.remote())
+                head = ask(roles.accountant, "head")
                 roles.learners.call("save", [(attempt, head)] * config.learner.num_workers)
             clock.lap("checkpoint")
         except LearnersRestarted as e:
             show.say(f"{e}; going on from the newest checkpoint")
-            roles.learners.wait_ready()
-            _publish(roles, "publish")
+            _bring_up(roles, show)
             continue
         except ray.exceptions.ActorUnavailableError:  # the accountant's: other roles' deaths are met where they happen
-            attempt = spent(roles.accountant, plan.ledger_stage)
+            attempt = ask(roles.accountant, "spent", plan.ledger_stage)
             show.say(f"the accountant died and is back; {attempt} attempts are spent")
             continue
         baseline = next((r.value for r in released if r.name == "private/reward"), baseline)
@@ -163,7 +153,7 @@ def _rl(
     show.end()
     log.close()
     after = _evaluate(stage, roles, public)
-    roles.learners.call("export", [(str(here.model(stage.name)),)] * config.learner.num_workers)
+    _persist(roles, show, lambda: _export(roles, here.model(stage.name), config.learner.num_workers))
     return _conclude(here, stage, public, before, after, config.evaluation.samples, show)
 
 
@@ -178,6 +168,30 @@ def rollout(drawn: list[Prompt], stage: RLStage, roles: Roles) -> list[Experienc
         Experience(p, tuple(row), tuple(rewards[i * group : (i + 1) * group]))
         for i, (p, row) in enumerate(zip(usable, completions, strict=True))
     ]
+
+
+def _bring_up(roles: Roles, show: RunProgress) -> None:
+    """Wait for the learners, and bring every replica to the version that they start from."""
+    _persist(roles, show, lambda: _publish(roles, "publish"))
+    show.say(
+        f"learners ready: {roles.learners.info['trainable']} trainable numbers, "
+        f"version {roles.learners.info['version']}"
+    )
+
+
+def _persist(roles: Roles, show: RunProgress, call: Callable[[], Any]) -> None:
+    """Make a call that touches nothing private; learners that die under it come back, and it is made again."""
+    while True:
+        roles.learners.wait_ready()
+        try:
+            call()
+            return
+        except LearnersRestarted as e:
+            show.say(f"{e}; trying again")
+
+
+def _export(roles: Roles, folder: Path, workers: int) -> None:
+    roles.learners.call("export", [(str(folder),)] * workers)
 
 
 def _publish(
@@ -261,9 +275,11 @@ def _roles(
 def _accountant(config: RunConfig, here: RunDir, namespace: str) -> Any:
     """Check the ledger here, where damage is one clear line, then start the role that writes it."""
     where, anchor = config.ledger or str(here.ledger), here.newest_head()
-    if "://" in where or Path(where).exists() or anchor is not None:
-        with contextlib.suppress(ConfigError):  # no ledger there yet
-            Ledger.read(where, config.ledger_key, anchor=anchor)
+    try:
+        Ledger.read(where, config.ledger_key, anchor=anchor)
+    except NoLedger as e:
+        if anchor is not None:
+            raise LedgerDamaged(f"{e}; this run's checkpoints were paid for in one: restore it") from None
     return start_accountant(where, config.ledger_key, anchor, namespace)
 
 
@@ -272,8 +288,8 @@ def _ledger_figures(accountant: Any, plans: list[StagePlan]) -> tuple[dict[str, 
     deltas: dict[str, float] = {}
     for p in plans:
         deltas[p.dataset] = min(p.delta, deltas.get(p.dataset, 1.0))
-    cumulative = {name: ray.get(accountant.cumulative.remote(name, delta)) for name, delta in deltas.items()}
-    return ray.get(accountant.status.remote()), cumulative
+    cumulative = {name: ask(accountant, "cumulative", name, delta) for name, delta in deltas.items()}
+    return ask(accountant, "status"), cumulative
 
 
 def _plan_line(plan: StagePlan, prompts: Prompts) -> str:

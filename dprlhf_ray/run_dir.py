@@ -47,11 +47,11 @@ class RunDir:
         return self.root / f"evaluation-{stage}.json"
 
 
-def open_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
-    """Make a run's folder, or continue in the one that is there.
+def check_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
+    """A run's folder, new or to be continued.
 
     Raises:
-        ConfigError: a run is there already and resume was not asked for; or its config differs; or it cannot be made.
+        ConfigError: a run is there already and resume was not asked for; or its config differs.
     """
     here = RunDir(root.resolve())
     if here.config.exists():
@@ -67,6 +67,17 @@ def open_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
             raise ConfigError(
                 f"--resume: {different[0]} differs from {here.config}; resume with the config it started with"
             )
+    return here
+
+
+def open_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
+    """Make a run's folder, or continue in the one that is there.
+
+    Raises:
+        ConfigError: as `check_run_dir`; or the folder cannot be made.
+    """
+    here = check_run_dir(root, config, resume)
+    if here.config.exists():
         return here
     try:
         here.root.mkdir(parents=True, exist_ok=True)

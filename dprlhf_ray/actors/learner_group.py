@@ -150,7 +150,7 @@ def _execute(learner: Any, method: str, arguments: tuple[Any, ...], accountant: 
 def _version(learner: Any) -> tuple[int, Any, list[list[float]]]:
     """(version, reference to the changed weights, log-probabilities of the public sequences)."""
     version, weights = learner.weights()
-    return version, ray.put(weights), learner.public_log_probs()
+    return version, ray.put(weights) if learner.rank == 0 else None, learner.public_log_probs()
 
 
 class LearnerGroup:

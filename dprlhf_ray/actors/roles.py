@@ -28,12 +28,15 @@ def start_accountant(ledger: str, key: str | None, anchor: str | None, namespace
     )
 
 
-def spent(accountant: Any, stage: str, patience: float = 120.0) -> int:
-    """Attempts of a stage charged so far; waits up to `patience` seconds for an accountant that is starting again."""
+def ask(accountant: Any, method: str, *arguments: Any, patience: float = 120.0) -> Any:
+    """The accountant's answer to a call that may be repeated (not `reserve`: every one of its calls is a charge).
+
+    Waits up to `patience` seconds for an accountant that is starting again.
+    """
     deadline = time.monotonic() + patience
     while True:
         try:
-            return int(ray.get(accountant.spent.remote(stage)))
+            return ray.get(getattr(accountant, method).remote(*arguments))
         except ray.exceptions.ActorUnavailableError:
             if time.monotonic() > deadline:
                 raise

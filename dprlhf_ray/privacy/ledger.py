@@ -21,7 +21,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, insert, inspect, select, update
 
-from dprlhf_ray.errors import BudgetExhausted, ConfigError, LedgerDamaged
+from dprlhf_ray.errors import BudgetExhausted, ConfigError, LedgerDamaged, NoLedger
 from dprlhf_ray.privacy import accounting, chain, store
 from dprlhf_ray.privacy.chain import ChainState, Entry, Schedule
 from dprlhf_ray.privacy.mechanism import DPStep
@@ -80,12 +80,12 @@ class Ledger:
 
     @staticmethod
     def read(url: str | Path, key_path: str | Path | None = None, *, anchor: str | None = None) -> LedgerView:
-        """Verify and list a ledger without writing to it. Raises as `open`; ConfigError where there is none."""
+        """Verify and list a ledger without writing to it. Raises as `open`; NoLedger where there is none."""
         engine, key = store.connect(url, key_path, read_only=True)
         try:
             with store.damage(), engine.begin() as connection:
                 if not inspect(connection).has_table("entries"):
-                    raise LedgerDamaged(f"{url}: no ledger in this database; restore it")
+                    raise NoLedger("ledger: this database holds none yet")
                 secret = chain.read_key(key)
                 entries = _load(connection)
                 state = _verified(connection, secret, entries, anchor)

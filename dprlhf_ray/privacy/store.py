@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from dprlhf_ray.errors import ConfigError, LedgerDamaged
+from dprlhf_ray.errors import ConfigError, LedgerDamaged, NoLedger
 
 BUSY_SECONDS = 30
 
@@ -82,7 +82,7 @@ def connect(url: str | Path, key_path: str | Path | None, read_only: bool) -> tu
         raise ConfigError("ledger: SQLite in memory is not durable; the path of a file")
     path = Path(where.database).resolve()
     if read_only and not path.is_file():
-        raise ConfigError(f"ledger: {path}: no such ledger; the path of ledger.db")
+        raise NoLedger(f"ledger: {path}: no such ledger; the path of ledger.db")
     if not path.parent.is_dir():
         raise ConfigError(f"ledger: {path.parent}: no such directory; create it first")
     return _sqlite(path, read_only), Path(key_path) if key_path is not None else path.with_suffix(".key")

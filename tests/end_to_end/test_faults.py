@@ -86,14 +86,15 @@ def test_a_killed_learner_comes_back_and_the_attempt_that_it_missed_stays_spent(
     killed: list[int] = []
 
     def fault(attempt: int, roles: Roles) -> None:
-        if attempt == 2:
+        if attempt in (2, 4):  # within the loop, and before the model is written
             for process in learner_processes():
                 killed.append(process.pid)
                 process.kill()
 
     pipeline.run(config, root, on_step=fault)
-    assert len(killed) == 1
+    assert len(killed) == 2
     assert attempts(root) == [1, 2, 3, 4] and released_attempts(root) == [1, 2, 4], "attempt 3 was drawn and lost"
+    assert (root / "models/rl/merged/model.safetensors").exists()
     assert final_version(root) == 3 and certified(root) == (planned(config), 4)
     assert leaks([root, scratch], [n for mark in world.marks for n in forms(mark)]) == []
 
@@ -174,6 +175,17 @@ def test_a_damaged_ledger_refuses_to_go_on(
     (root / "ledger.db").write_bytes(data)
     code, _, err = start(root, "--resume").end()
     assert code == 4 and [line[:8] for line in err.splitlines()] == ["dprlhf: "] and "ledger" in err
+
+
+def test_a_lost_ledger_refuses_to_go_on(
+    interrupted: tuple[Path, str, str], start: Callable[..., Command], tmp_path: Path
+) -> None:
+    root = copy(interrupted, tmp_path)
+    for file in root.glob("ledger*"):
+        file.unlink()
+    code, _, err = start(root, "--resume").end()
+    assert code == 4 and [line[:8] for line in err.splitlines()] == ["dprlhf: "] and "checkpoints" in err
+    assert not list(root.glob("ledger*"))
 
 
 def test_a_run_killed_at_any_moment_continues_and_makes_exactly_the_planned_attempts(
