@@ -12,7 +12,7 @@ BASE_PYTHON := $(shell for p in python3.11 python3 python; do \
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(PYTHON) -m pip --disable-pip-version-check install -qq --no-deps
 
-.PHONY: install quickstart test test-all lint format bench lock-gpu clean
+.PHONY: install quickstart test test-all faults lint format bench bench-ledger lock-gpu clean
 
 install: $(STAMP)
 
@@ -40,6 +40,9 @@ test: install
 test-all: install
 	$(PYTHON) -m pytest -q
 
+faults: install
+	$(PYTHON) -m tests.broken.run
+
 lint: install
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -55,6 +58,9 @@ $(BENCH_STAMP): requirements/bench.txt $(STAMP)
 
 bench: $(BENCH_STAMP)
 	$(PYTHON) -m benchmarks.run
+
+bench-ledger: install
+	$(PYTHON) -m benchmarks.ledger
 
 # Resolves the top-level pins for Linux GPU machines (needs `pip install uv`); its comments become the lock's.
 lock-gpu:

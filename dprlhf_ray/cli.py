@@ -6,15 +6,16 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dprlhf_ray import __version__
+from dprlhf_ray import __version__, cli_ledger
 from dprlhf_ray import config as cfg
-from dprlhf_ray.errors import ConfigError, DprlhfError, Interrupted
+from dprlhf_ray.errors import ConfigError, DprlhfError, Interrupted, place_of
 from dprlhf_ray.run_dir import check_run_dir
 
 app = typer.Typer(
@@ -23,9 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-ledger_app = typer.Typer(help="What was spent, and whether the ledger is whole.", no_args_is_help=True)
 data_app = typer.Typer(help="The embedded model and data.", no_args_is_help=True)
-app.add_typer(ledger_app, name="ledger")
+app.add_typer(cli_ledger.app, name="ledger")
 app.add_typer(data_app, name="data")
 
 Config = Annotated[Path, typer.Argument(help="YAML config, e.g. configs/quickstart.yaml")]
@@ -33,6 +33,17 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="override one key: --set stages.0.privacy.epsilon=4")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+Updates = Annotated[int, typer.Option(help="K, updates on one draw")]
+Adjacency = Annotated[str, typer.Option(help="zero_out, add_remove or replace_one")]
+Unit = Annotated[str, typer.Option(help="record or user")]
+RecordsPerUser = Annotated[
+    int | None, typer.Option(help="unit user: records are sampled, and a user owns at most this many")
+]
+MaxBatch = Annotated[int | None, typer.Option(help="cap on a draw; needs --population")]
+Population = Annotated[int | None, typer.Option(help="N, number of records")]
+Tries = Annotated[
+    float | None, typer.Option(help="also epsilon of the best of a Poisson number of tries with this mean, by RDP")
+]
 
 
 @app.command()
@@ -81,8 +92,13 @@ def plan(
     delta: Annotated[float | None, typer.Option(help="delta")] = None,
     sampling_rate: Annotated[float | None, typer.Option(help="q in (0, 1]")] = None,
     steps: Annotated[int | None, typer.Option(help="T, number of draws")] = None,
-    updates_per_draw: Annotated[int, typer.Option(help="K, updates on one draw")] = 1,
-    adjacency: Annotated[str, typer.Option(help="zero_out, add_remove or replace_one")] = "zero_out",
+    updates_per_draw: Updates = 1,
+    adjacency: Adjacency = "zero_out",
+    unit: Unit = "record",
+    records_per_user: RecordsPerUser = None,
+    max_batch: MaxBatch = None,
+    population: Population = None,
+    tries: Tries = None,
     as_json: Json = False,
 ) -> None:
     """Noise multiplier for a target epsilon, and the expected signal and cost per step, before anything runs."""
@@ -98,10 +114,10 @@ def plan(
     ]
     if missing or epsilon is None or delta is None or sampling_rate is None or steps is None:
         raise ConfigError(f"plan: give a config, or also {', '.join(missing)}")
-    step = _step(0.0, sampling_rate, steps, updates_per_draw, adjacency)
+    step = _step(0.0, sampling_rate, steps, updates_per_draw, adjacency, unit, records_per_user, max_batch, population)
     sigma = accounting.calibrate(step, epsilon, delta, allow_large_delta=True)
-    report = accounting.epsilon(replace(step, noise_multiplier=sigma), delta, allow_large_delta=True)
-    _print_plan([{"noise_multiplier": sigma, "pld": report.pld, "rdp": report.rdp, "delta": delta}], as_json)
+    figures = _figures(replace(step, noise_multiplier=sigma), delta, tries)
+    _print_plan([{"noise_multiplier": sigma, **figures, "delta": delta}], as_json)
 
 
 @app.command()
@@ -110,54 +126,20 @@ def epsilon(
     sampling_rate: Annotated[float, typer.Option(help="q in (0, 1]")],
     steps: Annotated[int, typer.Option(help="T, number of draws")],
     delta: Annotated[float, typer.Option(help="delta")],
-    updates_per_draw: Annotated[int, typer.Option(help="K, updates on one draw")] = 1,
-    adjacency: Annotated[str, typer.Option(help="zero_out, add_remove or replace_one")] = "zero_out",
+    updates_per_draw: Updates = 1,
+    adjacency: Adjacency = "zero_out",
+    unit: Unit = "record",
+    records_per_user: RecordsPerUser = None,
+    max_batch: MaxBatch = None,
+    population: Population = None,
+    tries: Tries = None,
 ) -> None:
-    """Epsilon of T Poisson-subsampled Gaussian draws, by PLD and RDP, as JSON."""
-    from dprlhf_ray.privacy import accounting
-
-    step = _step(noise_multiplier, sampling_rate, steps, updates_per_draw, adjacency)
-    report = accounting.epsilon(step, delta, allow_large_delta=True)
-    typer.echo(json.dumps({"pld": report.pld, "rdp": report.rdp}))
-
-
-@ledger_app.command("show")
-def ledger_show(
-    where: Annotated[str, typer.Argument(help="run directory, ledger file or database URL")],
-    as_json: Json = False,
-) -> None:
-    """What was declared and spent, by stage."""
-    from dprlhf_ray.privacy import accounting
-    from dprlhf_ray.privacy.ledger import Ledger
-
-    view = Ledger.read(_ledger(where))
-    rows = []
-    for s in view.schedules.values():
-        spent = None if s.step.noise_multiplier == 0 else accounting.spent(s.step, s.spent, s.delta)
-        rows.append({"stage": s.stage, "data_set": s.dataset, "attempts": s.spent, "planned": s.step.steps,
-                     "epsilon_spent": spent, "epsilon_target": s.epsilon, "delta": s.delta})  # fmt: skip
-    if as_json:
-        typer.echo(json.dumps({"head": view.head, "epoch": view.epoch, "entries": len(view.entries), "stages": rows}))
-        return
-    for r in rows:
-        meter = (
-            "no guarantee (clip only)"
-            if r["epsilon_spent"] is None
-            else f"epsilon {r['epsilon_spent']:.3f} of {r['epsilon_target']:g}"
-        )
-        typer.echo(
-            f"{r['stage']} on {r['data_set']}: {r['attempts']} of {r['planned']} draws, {meter}, delta {r['delta']:g}"
-        )
-    typer.echo(f"{len(view.entries)} entries, epoch {view.epoch}, head {view.head}")
-
-
-@ledger_app.command("verify")
-def ledger_verify(where: Annotated[str, typer.Argument(help="run directory, ledger file or database URL")]) -> None:
-    """Check the whole hash chain; exit code 4 when it is damaged."""
-    from dprlhf_ray.privacy.ledger import Ledger
-
-    view = Ledger.read(_ledger(where))
-    typer.echo(f"whole: {len(view.entries)} entries, head {view.head}")
+    """Epsilon of T subsampled Gaussian draws, by PLD and RDP, as JSON."""
+    step = _step(
+        noise_multiplier, sampling_rate, steps, updates_per_draw, adjacency, unit, records_per_user, max_batch,
+        population,
+    )  # fmt: skip
+    typer.echo(json.dumps(_figures(step, delta, tries)))
 
 
 @app.command()
@@ -228,14 +210,35 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def _step(sigma: float, q: float, steps: int, k: int, adjacency: str) -> Any:
+def _step(
+    sigma: float, q: float, steps: int, updates: int, adjacency: str, unit: str, records_per_user: int | None,
+    max_batch: int | None, population: int | None,
+) -> Any:  # fmt: skip
     from dprlhf_ray.privacy.mechanism import DPStep
 
-    return DPStep("record", adjacency, 1_000_000_000, q, sigma, 1.0, k, steps, None)
+    if max_batch is not None and population is None:
+        raise ConfigError("--max-batch: how often it cuts depends on the number of records; add --population")
+    return DPStep(
+        unit=unit, adjacency=adjacency, population=population or 1_000_000_000, sampling_rate=q, noise_multiplier=sigma,
+        clip_norm=1.0, updates_per_draw=updates, steps=steps, metric_noise_multiplier=None, max_batch=max_batch,
+        records_per_user=records_per_user,
+    )  # fmt: skip
+
+
+def _figures(step: Any, delta: float, tries: float | None) -> dict[str, float | None]:
+    from dprlhf_ray.privacy import accounting
+
+    report = accounting.epsilon(step, delta, allow_large_delta=True)
+    found = {"pld": report.pld, "rdp": report.rdp}
+    return (
+        found
+        if tries is None
+        else found | {"selected": accounting.selected_epsilon(step, delta, tries, allow_large_delta=True)}
+    )
 
 
 def _plan_config(config: cfg.RunConfig) -> list[dict[str, Any]]:
-    from dprlhf_ray.data.preflight import preflight
+    from dprlhf_ray.data.preflight import expected_population, preflight
     from dprlhf_ray.privacy.planning import expectations, plan_stage, trainable_numbers
 
     facts = preflight(config)
@@ -246,12 +249,13 @@ def _plan_config(config: cfg.RunConfig) -> list[dict[str, Any]]:
                 f"plan: the size of data set {stage.data!r} is not known (a hub data set): "
                 "use plan --epsilon --delta --sampling-rate --steps"
             )
-        found = plan_stage(stage, facts.populations[stage.data])
+        size = expected_population(config, stage, facts.populations)
+        found = plan_stage(stage, size, dataset=config.dataset_of(stage.data))
         row: dict[str, Any] = {"stage": stage.name, **found.step.parameters(), "delta": found.delta}
         row |= (
             {"pld": None, "rdp": None}
             if found.epsilon is None
-            else {"pld": found.epsilon.pld, "rdp": found.epsilon.rdp}
+            else {"pld": found.epsilon.pld, "rdp": found.epsilon.rdp, "certified": found.certified}
         )
         m = facts.model
         d = None if m is None else trainable_numbers(config.model.adapter, m.parameters, m.linears)
@@ -267,11 +271,6 @@ def _print_plan(rows: list[dict[str, Any]], as_json: bool) -> None:
         width = max(len(k) for k in row)
         for key, value in row.items():
             typer.echo(f"{key:<{width}}  {value:.6g}" if isinstance(value, float) else f"{key:<{width}}  {value}")
-
-
-def _ledger(where: str) -> str:
-    path = Path(where)
-    return str(path / "ledger.db") if path.is_dir() else where
 
 
 def main() -> None:
@@ -290,7 +289,10 @@ def main() -> None:
         if hasattr(e, "exit_code") and hasattr(e, "format_message"):  # click's usage errors
             typer.echo(f"dprlhf: {e.format_message()}", err=True)
             sys.exit(e.exit_code)
-        raise
+        typer.echo("".join(traceback.format_tb(e.__traceback__)), err=True)
+        reason = f" ({e.strerror})" if isinstance(e, OSError) and e.strerror else ""
+        typer.echo(f"dprlhf: {place_of(e)}{reason}; its text is not shown, for it may quote a record", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,22 @@ class ModelConfig(Section):
 # ---------------------------------------------------------------------------------------------------------- data
 
 
+class BudgetConfig(Section):
+    """What everything on one data set may cost together, over all runs that share the ledger."""
+
+    epsilon: float = Field(gt=0, description="bound on all declared stages, composed; lowered freely, raised by hand")
+    delta: float = Field(gt=0, lt=1, description="delta of that bound")
+
+
 class DataConfig(Section):
-    """One declared private data set. The privacy budget belongs to its name (its key in `data`)."""
+    """One private source. The privacy budget belongs to the declared data set that it is part of: `dataset`."""
+
+    dataset: str | None = Field(
+        None,
+        description="declared name of the data set that pays; sources with one name share one budget and compose "
+        "(null: this source's own key)",
+    )
+    budget: BudgetConfig | None = Field(None, description="null: only the targets of the stages bound it")
 
     source: str = Field(
         "embedded:movie-reviews",
@@ -69,6 +83,30 @@ class DataConfig(Section):
     )
     max_prompt_tokens: int = Field(256, ge=1, description="a longer prompt becomes a null record")
     chat_template: bool = Field(False, description="wrap the prompt with the tokenizer's chat template")
+    unit_column: str | None = Field(
+        None,
+        description="column with the real id of each row's unit; null: rows have no id (the embedded data have theirs)",
+    )
+    partitions: dict[str, float] = Field(
+        default_factory=dict,
+        description="disjoint shares of the units, e.g. {first: 0.5, second: 0.5}, by a keyed hash of the unit's id",
+    )
+
+    @model_validator(mode="after")
+    def _partitioned(self) -> DataConfig:
+        for name, fraction in self.partitions.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"partition {name!r}: use letters, digits, - and _")
+            if fraction <= 0:
+                raise ValueError(f"partitions.{name} is {fraction:g}: a fraction is above 0")
+        if sum(self.partitions.values()) > 1 + 1e-9:
+            raise ValueError(f"partitions add up to {sum(self.partitions.values()):g}: at most 1")
+        if self.source.startswith("embedded:"):
+            if self.unit_column is not None:
+                raise ValueError(f"unit_column: {self.source} has ids of its own: leave it out")
+        elif self.partitions and self.unit_column is None:
+            raise ValueError("partitions go by a unit's real id: set unit_column to the column that holds it")
+        return self
 
 
 # ------------------------------------------------------------------------------------------------------- privacy
@@ -82,19 +120,38 @@ class PrivacyConfig(Section):
     )
     epsilon: float | None = Field(None, gt=0, description="target epsilon of the stage (required in mode dp)")
     delta: float = Field(1e-5, gt=0, lt=1)
-    unit: Literal["record"] = "record"
+    unit: Literal["record", "user"] = Field("record", description="who is protected; user is not supported yet")
+    records_per_user: int | None = Field(
+        None, ge=1, description="unit user: records are sampled, and a user owns at most this many (null: users are)"
+    )
     adjacency: Literal["zero_out", "add_remove", "replace_one"] = "zero_out"
     clip_norm: float = Field(0.1, gt=0, description="C: bound on one unit's gradient (L2, all trainable parameters)")
     expected_batch: int = Field(400, ge=1, description="L = q N: expected units per draw, a public constant")
     steps: int = Field(20, ge=1, description="T: number of attempts (draws) planned and charged")
     updates_per_draw: int = Field(1, ge=1, description="K: updates on one draw, all charged up front")
-    metric_noise_multiplier: float = Field(
-        5.0, gt=0, description="sigma_m: noise of the released private metrics, relative to their joint clip bound"
+    max_batch: int | None = Field(
+        None, ge=1, description="cap on a draw, charged as truncated Poisson sampling; near the mean it is ruinous"
+    )
+    accounting: Literal["fixed_schedule", "adaptive"] = Field(
+        "fixed_schedule",
+        description="fixed_schedule: certifies the PLD epsilon of the schedule; adaptive: sigma and q may follow "
+        "released values, a Renyi filter is the gate, and its epsilon is certified",
+    )
+    metrics_share: float = Field(
+        0.01,
+        ge=0,
+        lt=1,
+        description="share of a draw's precision (1/sigma^2) that the private metrics get; 0: none is released",
     )
     declared_size: int | None = Field(
         None, ge=2, description="add_remove only: a declared constant that stands for the private data set size"
     )
     allow_large_delta: bool = Field(False, description="accept delta >= 1/N")
+    noise: Literal["gaussian", "secure"] = Field(
+        "gaussian",
+        description="secure: sum and noise rounded to a public grid, so that no low bit of what is released tells "
+        "anything of the data",
+    )
 
     @model_validator(mode="after")
     def _budget(self) -> PrivacyConfig:
@@ -106,6 +163,21 @@ class PrivacyConfig(Section):
             raise ValueError("updates_per_draw > 1 is not supported under adjacency replace_one: use zero_out")
         if self.adjacency == "add_remove" and self.declared_size is None:
             raise ValueError("declared_size is required under adjacency add_remove (the true size is private)")
+        return self
+
+    @model_validator(mode="after")
+    def _figure(self) -> PrivacyConfig:
+        if self.unit == "user":
+            raise ValueError("unit: user is not supported yet (`dprlhf plan` and `epsilon` account for it): use record")
+        if self.records_per_user is not None:
+            raise ValueError("records_per_user means nothing for unit record: remove it")
+        if self.max_batch is not None and (self.adjacency == "add_remove" or self.updates_per_draw > 1):
+            raise ValueError("max_batch has no figure under add_remove or with updates_per_draw > 1: remove it")
+        if self.accounting == "adaptive":
+            if self.mode == "clip_only":
+                raise ValueError("accounting: adaptive means nothing in mode clip_only: remove it")
+            if self.adjacency == "replace_one" or self.max_batch is not None:
+                raise ValueError("accounting: adaptive has no figure under replace_one or max_batch: fixed_schedule")
         return self
 
 
@@ -174,6 +246,15 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    noise_corrected: bool = Field(
+        False, description="adamw: subtract the noise's variance from the second moment (Tang et al. 2024, DP-AdamBC)"
+    )
+
+    @model_validator(mode="after")
+    def _correction(self) -> OptimizerConfig:
+        if self.noise_corrected and self.kind != "adamw":
+            raise ValueError(f"noise_corrected has no meaning for kind {self.kind}: remove it, or set kind: adamw")
+        return self
 
 
 class RLStage(Section):
@@ -182,11 +263,26 @@ class RLStage(Section):
     kind: Literal["rl"] = "rl"
     name: str = Field("rl", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     data: str = Field("reviews", description="name of a data set declared under `data`")
+    partition: str | None = Field(
+        None, description="the stage sees this partition of its data only (one of `data.NAME.partitions`); null: all"
+    )
     privacy: PrivacyConfig
     algorithm: AlgorithmConfig = AlgorithmConfig(kind="reinforce")
     generation: GenerationConfig = GenerationConfig()
     scorer: ScorerConfig = ScorerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _released_baseline(self) -> RLStage:
+        if (
+            self.algorithm.kind == "reinforce"
+            and self.algorithm.baseline == "released_mean"
+            and self.privacy.metrics_share == 0
+        ):
+            raise ValueError(
+                "algorithm.baseline released_mean needs released metrics: metrics_share above 0, or constant"
+            )
+        return self
 
 
 # ------------------------------------------------------------------------------------------------- where it runs
@@ -260,6 +356,9 @@ class RunConfig(Section):
         None, description="path or SQLAlchemy URL of a ledger shared by runs; null: ledger.db in the run directory"
     )
     ledger_key: str | None = Field(None, description="key file of the ledger; null: beside the ledger's file")
+    ledger_anchor: str | None = Field(
+        None, description="file outside the run directory that remembers the ledger's newest entry; null: none"
+    )
     model: ModelConfig = ModelConfig()
     data: dict[str, DataConfig] = Field(default_factory=lambda: {"reviews": DataConfig()}, min_length=1)
     stages: Annotated[tuple[RLStage, ...], Field(min_length=1)]
@@ -272,7 +371,7 @@ class RunConfig(Section):
     @field_validator("data")
     @classmethod
     def _names(cls, value: dict[str, DataConfig]) -> dict[str, DataConfig]:
-        for name in value:
+        for name in (*value, *(d.dataset for d in value.values() if d.dataset)):
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"data set name {name!r}: use letters, digits, - and _")
         return value
@@ -281,6 +380,7 @@ class RunConfig(Section):
     def _refs(self) -> RunConfig:
         if self.ledger and "://" in self.ledger and not self.ledger.startswith("sqlite") and not self.ledger_key:
             raise ValueError("ledger_key is required with a database URL: the path of a file only you can read")
+        budgets = self.budgets()
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ: {names}")
@@ -289,6 +389,13 @@ class RunConfig(Section):
                 raise ValueError(
                     f"stage {s.name!r} uses data set {s.data!r}, which is not declared under data: {sorted(self.data)}"
                 )
+            if s.privacy.mode == "clip_only" and self.dataset_of(s.data) in budgets:
+                raise ValueError(f"stage {s.name!r}: mode clip_only is refused on a data set with a budget: remove one")
+            if s.partition is not None and s.partition not in self.data[s.data].partitions:
+                raise ValueError(
+                    f"stage {s.name!r} uses partition {s.partition!r}, which is not one of data.{s.data}.partitions: "
+                    f"{sorted(self.data[s.data].partitions)}"
+                )
             longest = self.data[s.data].prompt_tokens or self.data[s.data].max_prompt_tokens
             if longest + s.generation.max_new_tokens > self.rollout.max_model_len:
                 raise ValueError(
@@ -296,6 +403,19 @@ class RunConfig(Section):
                     f"{s.generation.max_new_tokens} new tokens need {longest + s.generation.max_new_tokens}"
                 )
         return self
+
+    def budgets(self) -> dict[str, BudgetConfig]:
+        """Budgets by declared data set; ValueError when two of its sources give it different ones."""
+        found: dict[str, BudgetConfig] = {}
+        for source, data in self.data.items():
+            name = self.dataset_of(source)
+            if data.budget is not None and found.setdefault(name, data.budget) != data.budget:
+                raise ValueError(f"data.{source}.budget: data set {name!r} has another one: write one")
+        return found
+
+    def dataset_of(self, source: str) -> str:
+        """Declared name of the data set that pays for a source (a key of `data`)."""
+        return self.data[source].dataset or source
 
 
 # ----------------------------------------------------------------------------------------------------- reading it

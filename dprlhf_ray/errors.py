@@ -1,5 +1,8 @@
 """Errors with an exit code: the command line prints one line and leaves with it."""
 
+import os
+import traceback
+
 
 class DprlhfError(Exception):
     """Base class; `exit_code` is what the command returns."""
@@ -41,3 +44,10 @@ class Interrupted(DprlhfError):
     """Stopped from outside; `dprlhf run --resume` continues."""
 
     exit_code = 130
+
+
+def place_of(error: BaseException) -> str:
+    """Type of an error and where it was raised. Never its message: that may quote a record."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    return type(error).__name__ + place

@@ -19,18 +19,21 @@ from dprlhf_ray.actors.learner_group import LearnerGroup, LearnersRestarted
 from dprlhf_ray.actors.roles import ask, start_accountant, start_scorer
 from dprlhf_ray.config import RLStage, RunConfig
 from dprlhf_ray.data.preflight import check_population, preflight
-from dprlhf_ray.data.sources import Prompts, load_prompts, load_public_prompts
+from dprlhf_ray.data.sources import Prompts, load_public_prompts
+from dprlhf_ray.data.units import load_stage_data
 from dprlhf_ray.errors import LedgerDamaged, NoLedger
 from dprlhf_ray.evaluation.public import Comparison, Evaluation, compare
+from dprlhf_ray.models.card import write_cards
 from dprlhf_ray.models.embedded import resolve_model
 from dprlhf_ray.observability.gauges import Gauges
 from dprlhf_ray.observability.metrics import MetricsLog, last_value, read_metrics
 from dprlhf_ray.observability.progress import Laps, RunProgress
 from dprlhf_ray.observability.report import write_report
-from dprlhf_ray.privacy.certificate import write_certificate
+from dprlhf_ray.privacy.certificate import DatasetCost, write_certificate
 from dprlhf_ray.privacy.ledger import Ledger
+from dprlhf_ray.privacy.partitions import Units
 from dprlhf_ray.privacy.planning import StagePlan, plan_stage
-from dprlhf_ray.privacy.release import Released
+from dprlhf_ray.privacy.release import Operational, Released
 from dprlhf_ray.privacy.sampling import poisson_draw
 from dprlhf_ray.records import Experience, Prompt
 from dprlhf_ray.run_dir import RunDir, open_run_dir, read_json, write_atomically
@@ -78,19 +81,30 @@ def run(
     with progress or RunProgress() as show, session(config) as namespace:
         tokenizer = _tokenizer(config)
         accountant = _accountant(config, here, namespace)
+        unit_key = ask(accountant, "unit_key")
         plans: list[StagePlan] = []
-        for index, stage in enumerate(config.stages):
-            prompts = load_prompts(config.data[stage.data], tokenizer)
+        private: list[Prompts] = []
+        units: dict[str, Units | None] = {}
+        for stage in config.stages:  # all schedules are fixed, and fit their budgets, before the first record is used
+            prompts, readers = load_stage_data(config, stage, tokenizer, unit_key)
             check_population(stage, len(prompts))
-            plan = plan_stage(stage, len(prompts), here.run_id if config.ledger else None)
+            plan = plan_stage(
+                stage, len(prompts), here.run_id if config.ledger else None, config.dataset_of(stage.data)
+            )
             plans.append(plan)
+            private.append(prompts)
+            units[plan.ledger_stage] = readers
             schedule = (plan.dataset, plan.ledger_stage, plan.step, plan.target, plan.delta)
-            ask(accountant, "declare", *schedule, stage.privacy.allow_large_delta)
+            ask(accountant, "declare", *schedule, stage.privacy.allow_large_delta, plan.filter is not None)
             show.say(_plan_line(plan, prompts))
+        for index, (stage, plan, prompts) in enumerate(zip(config.stages, plans, private, strict=True)):
             with _roles(config, index, plan, here, namespace, accountant, tokenizer) as roles:
                 comparisons[stage.name] = _rl(config, index, plan, here, roles, prompts, tokenizer, show, on_step)
-        write_certificate(here.root, config, plans, *_ledger_figures(accountant, plans))
+        status = ask(accountant, "status")
+        certificate = write_certificate(here.root, config, plans, status, _costs(accountant, plans, units))
         ask(accountant, "close")  # the ledger is one whole file again
+        for stage in config.stages:
+            write_cards(here.model(stage.name), config, stage, certificate)
         write_report(here.root)
         show.say(f"certificate, report and models are in {output}")
     return Result(here.root, comparisons)
@@ -114,7 +128,7 @@ def _rl(
         try:
             reserved = ray.get(roles.accountant.reserve.remote(plan.ledger_stage, roles.learners.incarnation))
             attempt = reserved.attempt
-            drawn = [prompts.items[i] for i in poisson_draw(len(prompts), plan.step.sampling_rate)]
+            drawn = [prompts.items[i] for i in poisson_draw(len(prompts), plan.step.sampling_rate, plan.step.max_batch)]
             clock.lap("reserve")
             experiences = rollout(drawn, stage, roles)
             clock.lap("rollout")
@@ -141,19 +155,17 @@ def _rl(
         if config.evaluation.every and attempt % config.evaluation.every == 0:
             released.append(Released("public/reward", _evaluate(stage, roles, public).mean, "public_prompts"))
         log.write(stage.name, attempt, released)
-        status = roles.fleet.status()
-        gauges.step(stage.name, attempt, reserved.epsilon_spent, released)
-        gauges.fleet(status)
-        show.step(
-            stage.name, attempt, stage.privacy.steps, reserved.epsilon_spent, plan.target, released,
-            float(status["tokens_per_second"] or 0.0), clock.seconds,
-        )  # fmt: skip
+        figures = [Operational(name, value) for name, value in roles.fleet.status().items() if value is not None]
+        gauges.step(stage.name, attempt, released)
+        gauges.fleet(figures)
+        show.step(stage.name, attempt, stage.privacy.steps, plan.target, released, figures, clock.figures())
         if on_step is not None:
             on_step(attempt, roles)
     show.end()
     log.close()
     after = _evaluate(stage, roles, public)
     _persist(roles, show, lambda: _export(roles, here.model(stage.name), config.learner.num_workers))
+    write_cards(here.model(stage.name), config, stage, None)  # says that it is not certified yet
     return _conclude(here, stage, public, before, after, config.evaluation.samples, show)
 
 
@@ -216,7 +228,10 @@ def _baseline(stage: RLStage, released: float | None, before: Evaluation) -> flo
 def _evaluate(stage: RLStage, roles: Roles, public: list[Prompt]) -> Evaluation:
     single = stage.model_copy(update={"algorithm": stage.algorithm.model_copy(update={"completions_per_prompt": 1})})
     done = rollout(public, single, roles)
-    return Evaluation(tuple(float(e.rewards[0] or 0.0) for e in done), tuple(e.completions[0].text for e in done))
+    return Evaluation(
+        tuple(0.0 if (r := e.rewards[0]) is None else r.reveal() for e in done),
+        tuple(e.completions[0].text for e in done),
+    )
 
 
 def _before(here: RunDir, stage: RLStage, roles: Roles, public: list[Prompt], show: RunProgress) -> Evaluation:
@@ -276,27 +291,33 @@ def _accountant(config: RunConfig, here: RunDir, namespace: str) -> Any:
     """Check the ledger here, where damage is one clear line, then start the role that writes it."""
     where, anchor = config.ledger or str(here.ledger), here.newest_head()
     try:
-        Ledger.read(where, config.ledger_key, anchor=anchor)
+        Ledger.read(where, config.ledger_key, anchor=anchor, anchor_file=config.ledger_anchor)
     except NoLedger as e:
         if anchor is not None:
             raise LedgerDamaged(f"{e}; this run's checkpoints were paid for in one: restore it") from None
-    return start_accountant(where, config.ledger_key, anchor, namespace)
+    accountant = start_accountant(where, config.ledger_key, anchor, config.ledger_anchor, namespace)
+    for dataset, budget in config.budgets().items():
+        ask(accountant, "set_budget", dataset, budget.epsilon, budget.delta)
+    return accountant
 
 
-def _ledger_figures(accountant: Any, plans: list[StagePlan]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The ledger's state, and per data set the cumulative epsilon of all that it knows of."""
+def _costs(accountant: Any, plans: list[StagePlan], units: dict[str, Units | None]) -> dict[str, DatasetCost]:
+    """Per declared data set, what this run and all that the ledger knows of cost, at the smallest of the run's deltas.
+
+    The units of every stage go to the accountant with each question: one that was started again knows of none.
+    """
     deltas: dict[str, float] = {}
     for p in plans:
         deltas[p.dataset] = min(p.delta, deltas.get(p.dataset, 1.0))
-    cumulative = {name: ask(accountant, "cumulative", name, delta) for name, delta in deltas.items()}
-    return ask(accountant, "status"), cumulative
+    return {
+        name: DatasetCost(*(ask(accountant, "composition", name, delta, units, only) for only in (True, False)))
+        for name, delta in deltas.items()
+    }
 
 
 def _plan_line(plan: StagePlan, prompts: Prompts) -> str:
     s = plan.step
-    bound = (
-        "no guarantee (clip only)" if plan.epsilon is None else f"eps {plan.epsilon.pld:.3f} at delta {plan.delta:g}"
-    )
+    bound = "no guarantee (clip only)" if plan.epsilon is None else f"eps {plan.certified:.3f} at delta {plan.delta:g}"
     nulls = f", {prompts.null_count} unusable records count as null" if prompts.null_count else ""
     return (
         f"stage {plan.stage}: {s.steps} draws of {s.expected_batch:.0f} of {s.population} records "

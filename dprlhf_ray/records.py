@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dprlhf_ray.privacy.private import Private, PrivateNumber
 
-@dataclass(frozen=True)
-class Prompt:
+
+@dataclass(frozen=True, repr=False)
+class Prompt(Private):
     """One private record's prompt.
 
     slot: position in the data set (0 <= slot < N). token_ids: prompt tokens; empty for a null record, which keeps its
@@ -17,12 +20,9 @@ class Prompt:
     token_ids: tuple[int, ...]
     text: str
 
-    def __repr__(self) -> str:  # never the content: reprs end up in tracebacks and logs
-        return f"Prompt(slot=<private>, tokens={len(self.token_ids)})"
 
-
-@dataclass(frozen=True)
-class Completion:
+@dataclass(frozen=True, repr=False)
+class Completion(Private):
     """One completion, drawn from weight version `version`.
 
     token_ids: generated tokens, the end-of-sequence token included when it was drawn. finished: it ended by EOS.
@@ -33,20 +33,27 @@ class Completion:
     finished: bool
     version: int
 
-    def __repr__(self) -> str:
-        return f"Completion(tokens={len(self.token_ids)}, version={self.version})"
 
+@dataclass(frozen=True, repr=False, init=False)
+class Experience(Private):
+    """One unit's share of a draw: its prompt, its G completions and their rewards (None where the scorer failed).
 
-@dataclass(frozen=True)
-class Experience:
-    """One unit's share of a draw: its prompt, its G completions and their rewards (None where the scorer failed)."""
+    Rewards given as plain numbers become private ones.
+    """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
-    rewards: tuple[float | None, ...]
+    rewards: tuple[PrivateNumber | None, ...]
 
-    def __repr__(self) -> str:
-        return f"Experience(completions={len(self.completions)})"
+    def __init__(
+        self,
+        prompt: Prompt,
+        completions: tuple[Completion, ...],
+        rewards: Sequence[PrivateNumber | float | None],
+    ) -> None:
+        hidden = tuple(r if r is None or isinstance(r, PrivateNumber) else PrivateNumber(float(r)) for r in rewards)
+        for name, value in (("prompt", prompt), ("completions", completions), ("rewards", hidden)):
+            object.__setattr__(self, name, value)
 
     @property
     def is_null(self) -> bool:

@@ -111,13 +111,13 @@ def test_bad_input_is_one_line_and_exit_code_2(command: Command, arguments: str)
 
 def test_a_bad_config_leaves_one_line_and_no_traceback_in_a_real_process(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text("stages:\n  - privacy: {epsilon: 8.0, noise: 3}\n")
+    config.write_text("stages:\n  - privacy: {epsilon: 8.0, loudness: 3}\n")
     entry = [sys.executable, "-c", "from dprlhf_ray.cli import main; main()"]
     done = subprocess.run(
         [*entry, "run", str(config), "--output", str(tmp_path / "out")],
         capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONWARNINGS": "ignore"}, check=False,
     )  # fmt: skip
-    _one_line((done.returncode, done.stdout, done.stderr), 2, "noise", "unknown key")
+    _one_line((done.returncode, done.stdout, done.stderr), 2, "loudness", "unknown key")
     assert not (tmp_path / "out").exists()
 
 
@@ -129,6 +129,41 @@ def test_ledger_show_tells_what_was_spent_of_what_was_planned(command: Command, 
     assert 0 < row["epsilon_spent"] < row["epsilon_target"] == 8.0
     text = command("ledger", "show", str(small_ledger))[1]
     assert "rl on reviews: 2 of 3 draws" in text and json.loads(out)["head"] in text
+
+
+def test_ledger_commands_show_budgets_and_adaptive_stages_and_use_the_anchor(
+    command: Command, small_ledger: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Each step goes through the command line alone, as an operator takes it."""
+    where, anchor = str(small_ledger), tmp_path_factory.mktemp("apart") / "anchor"
+    budget = ("ledger", "budget", where, "reviews", "--delta", "1e-5", "--anchor", str(anchor), "--epsilon")
+    _one_line(command("ledger", "budget", str(anchor), "x", "--epsilon", "8", "--delta", "1e-5"), 2, "no such ledger")
+    assert command(*budget, "9")[0] == command(*budget, "8")[0] == 0
+    _one_line(command(*budget, "10"), 2, "--raise")
+    assert command(*budget, "10", "--raise")[0] == 0
+    _one_line(command(*budget, "0.1"), 3, "reviews")
+    ledger = Ledger.open(small_ledger / "ledger.db", anchor_file=anchor)
+    plan = DPStep("record", "zero_out", 10_000, 0.04, 2.0, 0.5, 1, 3, 5.0)
+    ledger.declare("reviews", "second", plan, 2.0, 1e-5, adaptive=True)
+    ledger.charge("second")
+    ledger.close()
+    code, out, _ = command("ledger", "show", where, "--anchor", str(anchor), "--json")
+    shown = json.loads(out)
+    (total,) = shown["budgets"]
+    assert code == 0 and shown["anchored"] is True
+    assert (total["data_set"], total["epsilon"], total["delta"]) == ("reviews", 10.0, 1e-5)
+    assert 2.0 < total["epsilon_declared"] <= 10.0
+    row = shown["stages"][1]
+    assert row["accounting"] == "adaptive" and 0 < row["rho_spent"] < row["rho_budget"]
+    text = command("ledger", "show", where)[1]
+    assert "second on reviews: 1 draws (3 planned)" in text and "budget of reviews: epsilon" in text
+    assert "the anchor agrees" in command("ledger", "verify", where, "--anchor", str(anchor))[1]
+    anchor.unlink()
+    _one_line(command("ledger", "verify", where, "--anchor", str(anchor)), 4, "dprlhf ledger anchor")
+    assert command("ledger", "anchor", where, str(anchor))[0] == 0
+    assert command("ledger", "verify", where, "--anchor", str(anchor))[0] == 0
+    anchor.write_bytes(anchor.read_bytes().replace(b"0" * 10, b"1" * 10))
+    _one_line(command("ledger", "verify", where, "--anchor", str(anchor)), 4)
 
 
 def test_ledger_verify_accepts_a_whole_ledger_and_refuses_a_changed_one(command: Command, small_ledger: Path) -> None:

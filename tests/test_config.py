@@ -70,6 +70,34 @@ def line_of(refused: Callable[[], Any]) -> str:
             "config: rollout.max_model_len is 64, but prompts of up to 256 tokens and 24 new tokens need 280",
         ),
         (
+            stage({"unit": "user"}),
+            "config: stages.0.privacy: unit: user is not supported yet (`dprlhf plan` and `epsilon` account for it): "
+            "use record",
+        ),
+        (
+            stage({"records_per_user": 3}),
+            "config: stages.0.privacy: records_per_user means nothing for unit record: remove it",
+        ),
+        (
+            stage({"max_batch": 500, "updates_per_draw": 2}),
+            "config: stages.0.privacy: max_batch has no figure under add_remove or with updates_per_draw > 1: "
+            "remove it",
+        ),
+        (
+            stage({"max_batch": 500, "accounting": "adaptive"}),
+            "config: stages.0.privacy: accounting: adaptive has no figure under replace_one or max_batch: "
+            "fixed_schedule",
+        ),
+        (
+            stage({"metrics_share": 1.0}),
+            "config: stages.0.privacy.metrics_share: should be less than 1 (got 1.0)",
+        ),
+        (
+            stage({"metrics_share": 0}),
+            "config: stages.0: algorithm.baseline released_mean needs released metrics: metrics_share above 0, "
+            "or constant",
+        ),
+        (
             stage(scorer={"kind": "python"}),
             'config: stages.0.scorer: function is required for kind python, e.g. "my_rewards:score"',
         ),

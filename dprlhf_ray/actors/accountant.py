@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dprlhf_ray.errors import ConfigError
-from dprlhf_ray.privacy import accounting
-from dprlhf_ray.privacy.accounting import EpsilonReport
+from dprlhf_ray.privacy import budget
+from dprlhf_ray.privacy.composition import NO_IDS, OTHER_RUN, Composition, Part, compose
 from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.mechanism import DPStep
+from dprlhf_ray.privacy.partitions import Units
 from dprlhf_ray.privacy.permit import Permit, PermitOffice
 
 
@@ -30,8 +31,10 @@ class AccountantActor:
     that attempts in flight stay spent and are made again as new attempts.
     """
 
-    def __init__(self, url: str, key_path: str | None = None, anchor: str | None = None) -> None:
-        self._ledger = Ledger.open(url, key_path, anchor=anchor)
+    def __init__(
+        self, url: str, key_path: str | None = None, anchor: str | None = None, anchor_file: str | None = None
+    ) -> None:
+        self._ledger = Ledger.open(url, key_path, anchor=anchor, anchor_file=anchor_file)
         self._office = PermitOffice()
 
     def declare(
@@ -42,21 +45,31 @@ class AccountantActor:
         epsilon: float | None,
         delta: float,
         allow_large_delta: bool = False,
+        adaptive: bool = False,
     ) -> None:
-        """Record a stage's fixed schedule; see `Ledger.declare`."""
-        self._ledger.declare(dataset, stage, step, epsilon, delta, allow_large_delta=allow_large_delta)
+        """Record a stage's schedule; see `Ledger.declare`."""
+        self._ledger.declare(
+            dataset, stage, step, epsilon, delta, allow_large_delta=allow_large_delta, adaptive=adaptive
+        )
 
-    def reserve(self, stage: str, incarnation: str) -> Reservation:
+    def set_budget(self, dataset: str, epsilon: float, delta: float) -> None:
+        """Bound everything declared on a data set; see `Ledger.set_budget`. A raise is not made by a run."""
+        self._ledger.set_budget(dataset, epsilon, delta)
+
+    def reserve(self, stage: str, incarnation: str, step: DPStep | None = None) -> Reservation:
         """Charge one attempt durably, then issue its permit. Nothing private may be touched before this returns.
+
+        Args:
+            step: what this attempt does, under an adaptive schedule; None: as planned.
 
         Raises:
             ConfigError, BudgetExhausted, LedgerDamaged: see `Ledger.charge`.
             PermitRefused: a replaced learner; nothing is charged.
         """
         self._office.admit(incarnation)
-        charge = self._ledger.charge(stage)
-        token = self._office.issue(stage, charge.attempt, self._ledger.schedules()[stage].step, incarnation)
-        return Reservation(token, charge.attempt, self.epsilon_spent(stage, charge.attempt))
+        charge = self._ledger.charge(stage, step)
+        token = self._office.issue(stage, charge.attempt, charge.step, incarnation)
+        return Reservation(token, charge.attempt, self.epsilon_spent(stage))
 
     def spent(self, stage: str) -> int:
         """Attempts of the stage charged so far."""
@@ -66,25 +79,34 @@ class AccountantActor:
         """See `PermitOffice.redeem`."""
         return self._office.redeem(token, incarnation, message_id)
 
-    def epsilon_spent(self, stage: str, attempts: int) -> float | None:
-        """PLD epsilon of the first `attempts` draws, never above the target; None for clip only. For the meter."""
-        schedule = self._ledger.schedules().get(stage)
-        if schedule is None:
-            raise ConfigError(f"stage {stage!r}: not declared in this ledger; declare it first")
-        if schedule.step.noise_multiplier == 0:
-            return None
-        meter = accounting.spent(schedule.step, attempts, schedule.delta)
-        return meter if schedule.epsilon is None else min(meter, schedule.epsilon)
+    def epsilon_spent(self, stage: str) -> float | None:
+        """Epsilon of what is charged so far, never above the target; None for clip only. For the meter."""
+        return budget.meter(self._ledger.schedule(stage))
 
-    def cumulative(self, dataset: str, delta: float) -> EpsilonReport | None:
-        """Planned epsilon of all schedules that charge a data set, composed sequentially at one delta.
+    def unit_key(self) -> bytes:
+        """Key of the hashes of unit ids (`partitions`), the same for all runs that share this ledger. A secret."""
+        return self._ledger.unit_key()
 
-        None when one of them guarantees nothing (clip only) or when there is none.
+    def composition(
+        self, dataset: str, delta: float, units: Mapping[str, Units | None], this_run_only: bool = False
+    ) -> Composition:
+        """What the schedules of a data set cost together at one delta; which of them share a unit is checked here.
+
+        Args:
+            units: by stage of this run, the units that it reads (None: its rows have no ids). They stay in memory for
+                this call. The units of all other stages are unknown, so that these count for every unit.
+            this_run_only: leave the stages of other runs out.
+
+        Raises:
+            ConfigError: nothing was declared on this data set.
         """
-        steps = [s.step for s in self._ledger.schedules().values() if s.dataset == dataset]
-        if not steps or any(step.noise_multiplier == 0 for step in steps):
-            return None
-        return accounting.compose(steps, delta, allow_large_delta=True)
+        parts = []
+        for s in self._ledger.schedules().values():
+            if s.dataset == dataset and (s.stage in units or not this_run_only):
+                found = units.get(s.stage)
+                why = NO_IDS if s.stage in units else OTHER_RUN
+                parts.append(Part(s.stage, s.step, found, why, s.alpha, s.rho_budget))
+        return compose(parts, delta)
 
     def status(self) -> dict[str, Any]:
         """Public state: epoch, head, and for each stage what was declared and what is spent."""
@@ -94,12 +116,12 @@ class AccountantActor:
                 "attempts": s.spent,
                 "steps": s.step.steps,
                 "epsilon": s.epsilon,
-                "epsilon_spent": self.epsilon_spent(name, s.spent),
+                "epsilon_spent": budget.meter(s),
                 "delta": s.delta,
             }
             for name, s in self._ledger.schedules().items()
         }
-        return {"epoch": self._ledger.epoch, "head": self._ledger.head(), "stages": stages}
+        return {"epoch": self._ledger.epoch, "seq": self._ledger.seq, "head": self._ledger.head(), "stages": stages}
 
     def head(self) -> str:
         """Hash of the ledger's last entry."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +21,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+
+SHARED_MEMORY = "/dev/shm"
 
 
 @contextmanager
@@ -46,12 +50,15 @@ def session(config: RunConfig) -> Iterator[str]:
         "logging_level": logging.ERROR,
         "runtime_env": {"env_vars": worker_env},
     }
-    scratch = ""
+    scratch, overflow = "", None
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, **common)
     else:
         scratch = tempfile.mkdtemp(prefix="ray-")
+        # What a full object store would map to files goes to memory too. Where there is no such folder (not Linux), Ray
+        # uses the scratch folder.
+        overflow = tempfile.mkdtemp(prefix="ray-", dir=SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else None
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, config.learner.num_workers),
@@ -60,14 +67,19 @@ def session(config: RunConfig) -> Iterator[str]:
             _node_ip_address="127.0.0.1",
             _system_config={"automatic_object_spilling_enabled": False},  # no private text spilled to disk
             _temp_dir=scratch,
+            object_spilling_directory=overflow,
             **common,
         )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how schedulers stop a job: the same as Ctrl-C
     failed = True
     try:
         yield namespace
         failed = False
     finally:
         ray.shutdown()
+        if overflow:
+            shutil.rmtree(overflow, ignore_errors=True)
         if scratch and not failed:
             remove_scratch(scratch)
 

@@ -10,7 +10,6 @@ what was written.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +24,10 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dprlhf_ray.config import OptimizerConfig, RunConfig
+from dprlhf_ray.config import RunConfig
 from dprlhf_ray.models import adapters
 from dprlhf_ray.models.embedded import resolve_model
+from dprlhf_ray.models.optimizer import build_optimizer, set_lr
 from dprlhf_ray.models.policy import Policy, export, load_policy, sync_names, sync_weights
 from dprlhf_ray.privacy.mechanism import DPStep
 from dprlhf_ray.privacy.noise import noise_gradient, noise_metrics
@@ -36,7 +36,7 @@ from dprlhf_ray.privacy.permit import Permit
 from dprlhf_ray.privacy.release import Released, release_means
 from dprlhf_ray.records import Experience
 from dprlhf_ray.stages import batching
-from dprlhf_ray.stages.rl import METRIC_BOUND, METRICS, Draw, RLObjective
+from dprlhf_ray.stages.rl import Draw, RLObjective
 
 CHECK_SEQUENCES = 6  # public sequences on which engines and learner are compared after each sync
 GRADIENT_BYTES = 256 << 20  # per-record gradients held at once; speed and memory only
@@ -80,11 +80,11 @@ class Learner:
         if config.learner.gradient_checkpointing:
             policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
             policy.causal_lm.train()
-            _no_dropout(policy)
         if config.learner.use_gpu:
             policy = policy.cuda()
         trainable = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(trainable, self.stage.optimizer)
+        noise_std = spec.step.noise_multiplier * spec.step.clip_norm / spec.step.expected_batch
+        self.optimizer = build_optimizer(trainable, self.stage.optimizer, noise_std)
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=self.optimizer,
@@ -114,24 +114,25 @@ class Learner:
             redeem: () -> Permit, called on rank 0 only, just before the first noise is drawn.
 
         Returns:
-            The metrics released with this draw (rank 0; empty elsewhere).
+            The metrics released with this draw (rank 0; empty elsewhere, and where none were charged).
         """
         stale = [c.version for e in experiences for c in e.completions if c.version != self.version]
         if stale:
             raise RuntimeError(f"completions of weight version {stale[0]} reached a learner at version {self.version}")
         draw = Draw(self._micro_batches(experiences), baseline)
+        measured = self.spec.step.metric_noise_multiplier is not None
         permit: Permit | None = None
         released: list[Released] = []
         for k in range(self.spec.step.updates_per_draw):
             total, metrics = self.objective.clipped_sum(draw)
             self._sum_to_first(total.total)
-            if k == 0:
+            if measured and k == 0:
                 self._sum_to_first(metrics)
             value = torch.empty_like(total.total)
             if self.rank == 0:
                 permit = permit or redeem()
                 value = noise_gradient(total.total, permit).value
-                if k == 0:
+                if measured and k == 0:
                     released = self._release(metrics, permit)
             dist.broadcast(value, 0)
             self._write_and_step(value / self.spec.step.expected_batch)
@@ -151,14 +152,14 @@ class Learner:
             dist.reduce(x, 0, dist.ReduceOp.SUM)
 
     def _release(self, metrics: Tensor, permit: Permit) -> list[Released]:
-        scales = torch.tensor([self.stage.scorer.reward_bound, float(self.stage.generation.max_new_tokens), 1.0])
-        return release_means(noise_metrics(metrics, permit, METRIC_BOUND), METRICS, scales, self.spec.step)
+        own = self.objective.metrics
+        return release_means(noise_metrics(metrics, permit, own.bound), own.scales, self.spec.step)
 
     def _write_and_step(self, gradient: Tensor) -> None:
         """Hand `gradient` (d,) to the optimizer as the whole gradient, check that it arrived, step."""
         if not torch.isfinite(gradient).all():
             raise WriteCheckFailed("the noised gradient is not finite; nothing was applied")
-        _set_lr(self.engine.optimizer, self.stage.optimizer, self.version, self.spec.step.steps)
+        set_lr(self.engine.optimizer, self.stage.optimizer, self.version, self.spec.step.steps)
         parts = gradient.split(self.recorder.sizes)
         with self._gathered(self.recorder.parameters):
             pairs = list(zip(self.recorder.parameters, parts, strict=True))
@@ -253,24 +254,6 @@ class Learner:
         return {"version": self.version, "trainable": self.recorder.dimension, "sync_names": sync_names(self.policy)}
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], o: OptimizerConfig) -> torch.optim.Optimizer:
-    if o.kind == "sgd":
-        return torch.optim.SGD(parameters, lr=o.lr, weight_decay=o.weight_decay)
-    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-
-
-def _set_lr(optimizer: Any, o: OptimizerConfig, version: int, steps: int) -> None:
-    """Learning rate as a function of the step number only."""
-    scale = min(1.0, (version + 1) / o.warmup_steps) if o.warmup_steps else 1.0
-    done = min(1.0, version / max(1, steps))
-    if o.schedule == "linear":
-        scale *= 1.0 - done
-    elif o.schedule == "cosine":
-        scale *= 0.5 * (1.0 + math.cos(math.pi * done))
-    for group in optimizer.param_groups:
-        group["lr"] = o.lr * scale
-
-
 def _deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -282,14 +265,6 @@ def _deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
     }
-
-
-def _no_dropout(policy: Policy) -> None:
-    for module in policy.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _remove(folder: Path) -> None:

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError
 
 from dprlhf_ray.actors.learner import LearnerSpec
-from dprlhf_ray.errors import DprlhfError
+from dprlhf_ray.errors import DprlhfError, place_of
 
 
 class LearnersRestarted(DprlhfError):
@@ -26,6 +26,10 @@ class LearnersRestarted(DprlhfError):
 
 class LearnersFailed(DprlhfError):
     """The learner group is gone for good."""
+
+
+class LearnerError(DprlhfError):
+    """An error inside an update: its type and place, without its message."""
 
 
 class Mailbox:
@@ -138,7 +142,12 @@ def _execute(learner: Any, method: str, arguments: tuple[Any, ...], accountant: 
         def redeem() -> Any:
             return ray.get(accountant.redeem.remote(token, incarnation, secrets.token_hex(8)))
 
-        released = learner.update(experiences, baseline, redeem)
+        try:
+            released = learner.update(experiences, baseline, redeem)
+        except DprlhfError:  # one of our own: it quotes nothing
+            raise
+        except Exception as e:  # Ray Train logs whatever ends a worker, and this one's message may quote a record
+            raise LearnerError(f"the update failed: {place_of(e)}") from None
         return released, *_version(learner)
     if method == "publish":
         return [], *_version(learner)

@@ -13,18 +13,19 @@ from dprlhf_ray.actors.scorer import ScorerActor
 from dprlhf_ray.config import RLStage
 
 
-def start_accountant(ledger: str, key: str | None, anchor: str | None, namespace: str) -> Any:
+def start_accountant(ledger: str, key: str | None, anchor: str | None, anchor_file: str | None, namespace: str) -> Any:
     """The one accountant of a run, on the driver's node, where the ledger's file is. If it dies, Ray starts it again:
     it reopens the ledger under a new epoch, and what was charged stays spent.
 
     Args:
         anchor: a ledger head recorded elsewhere (in the newest checkpoint), which must be part of the chain.
+        anchor_file: the configured anchor, see `privacy/anchor.py`.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return (
         ray.remote(AccountantActor)
         .options(name="accountant", namespace=namespace, num_cpus=0, max_restarts=-1, scheduling_strategy=here)
-        .remote(ledger, key, anchor)
+        .remote(ledger, key, anchor, anchor_file)
     )
 
 

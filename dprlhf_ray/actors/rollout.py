@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dprlhf_ray.actors.engines import build_engine
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
+from dprlhf_ray.errors import place_of
 from dprlhf_ray.records import Completion
 from dprlhf_ray.transport import build_transport
 from dprlhf_ray.transport.base import Handle
@@ -17,13 +17,12 @@ from dprlhf_ray.transport.base import Handle
 
 @dataclass(frozen=True)
 class Failure:
-    """An error inside a replica: its type and place. The message stays behind, for it may quote private values."""
+    """What went wrong in a replica: an error's type and place, never its message: that may quote private values."""
 
-    kind: str
-    place: str
+    what: str
 
     def __str__(self) -> str:
-        return f"{self.kind} at {self.place}"
+        return self.what
 
 
 class RolloutActor:
@@ -38,8 +37,7 @@ class RolloutActor:
         try:
             return func(self, *args, **kwargs)
         except Exception as error:  # every kind: a raised error would carry its message into Ray's logs
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            return Failure(type(error).__name__, f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}")
+            return Failure(place_of(error))
 
     def ping(self) -> str:
         """Answers once the engine is built and idle."""

@@ -11,9 +11,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from dprlhf_ray.privacy.private import Private
 
-@dataclass(frozen=True)
-class Batch:
+
+@dataclass(frozen=True, repr=False)
+class Batch(Private):
     """U units with G completions each, T response tokens (padded).
 
     log_probs: (U, G, T) float32, of the current policy, carries the graph.

@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from dprlhf_ray.data.cache import build_once, cache_root
 from dprlhf_ray.errors import ConfigError
@@ -50,12 +51,12 @@ def prepare_reviews() -> Path:
     return build_once(cache_root() / "movie-reviews", _build) / "movie-reviews.jsonl"
 
 
-def read_embedded(source: str) -> list[str]:
-    """Texts of one embedded part, `MOVIE_REVIEWS` or `PUBLIC_OPENINGS`, in file order."""
+def read_embedded(source: str) -> list[dict[str, Any]]:
+    """Rows {"id", "text", "rating"} of one embedded part, `MOVIE_REVIEWS` or `PUBLIC_OPENINGS`, in file order."""
     with prepare_reviews().open(encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
+        rows = [json.loads(line) for line in lines]
     blocks = _PRIVATE_BLOCKS if source == MOVIE_REVIEWS else _PUBLIC_BLOCKS
-    return [texts[row] for block in blocks for row in block]
+    return [rows[row] for block in blocks for row in block]
 
 
 def _build(target: Path) -> None:

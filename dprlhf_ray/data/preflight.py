@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dprlhf_ray.config import AdapterConfig, DataConfig, RLStage, RunConfig
+from dprlhf_ray.data.columns import check_embedded, file_path, is_file_source, read_prompt_column, read_unit_ids
 from dprlhf_ray.data.embedded import POPULATION
-from dprlhf_ray.data.sources import check_embedded, file_path, is_file_source, read_prompt_column
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.models.embedded import embedded_model_ready, looks_local
 from dprlhf_ray.stages.scoring import build_scorer
@@ -87,13 +87,21 @@ def preflight(config: RunConfig, output: Path | None = None, available_gib: floa
     for stage in config.stages:
         build_scorer(stage.scorer)
         if stage.data in populations:
-            check_population(stage, populations[stage.data])
+            check_population(stage, expected_population(config, stage, populations))
     _check_evaluation(config)
     if config.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "tracking.wandb_project: the package wandb is not installed: pip install wandb, or leave it out"
         )
     return Facts(populations, populations.get(config.stages[0].data), model, needed, available)
+
+
+def expected_population(config: RunConfig, stage: RLStage, populations: Mapping[str, int]) -> int:
+    """Units that a stage will see: all of its data set's, or about its partition's share (exact once the ledger's key,
+    which assigns them, exists)."""
+    whole = populations[stage.data]
+    fraction = config.data[stage.data].partitions[stage.partition] if stage.partition else 1.0
+    return max(1, round(fraction * whole))
 
 
 def check_population(stage: RLStage, size: int) -> None:
@@ -218,7 +226,10 @@ def _population(data: DataConfig) -> int | None:
     if data.source.startswith("embedded:"):
         check_embedded(data.source)
         return POPULATION[data.source]
-    return len(read_prompt_column(data)) if is_file_source(data.source) else None
+    if not is_file_source(data.source):
+        return None
+    read_unit_ids(data)  # two rows of one unit are refused before anything starts
+    return len(read_prompt_column(data))
 
 
 def _check_evaluation(config: RunConfig) -> None:
@@ -234,11 +245,12 @@ def _check_evaluation(config: RunConfig) -> None:
                 f"evaluation.source: {source} is also the private data set {name!r}: evaluation needs public prompts"
             )
         key = f"{_same(data.source)} {'' if is_file_source(data.source) else data.split}"
-        if key in seen:
+        declared = config.dataset_of(name)
+        if seen.setdefault(key, declared) != declared:
             raise ConfigError(
-                f"data: {seen[key]!r} and {name!r} are one source; declare it once, so that its charges add up"
+                f"data: {seen[key]!r} and {declared!r} are one source; give both keys one `dataset`, so that its "
+                "charges add up"
             )
-        seen[key] = name
 
 
 def _same(source: str) -> str:

@@ -3,44 +3,43 @@
 Every rule here is record-local and public: what one record becomes depends on that record and the config only, and
 every row keeps its slot. A record that cannot be used (broken JSON, null, wrong type, empty, too long) becomes a null
 record, which contributes exactly zero. Contents are never printed or put in an error.
-
-Local files are read straight into memory, never through `datasets`, whose Arrow caches would leave private text on
-disk. A hub data set is a public download and lies in the hub's own cache like any other.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 import random
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dprlhf_ray.config import DataConfig, EvaluationConfig
-from dprlhf_ray.data.embedded import POPULATION, read_embedded
+from dprlhf_ray.data.columns import read_prompt_column, read_unit_ids
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.records import Prompt
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
-_OTHER_FILES = (".gz", ".txt", ".tsv", ".zip", ".arrow", ".yaml", ".yml", ".xlsx")
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A data set's prompts: `items[slot].slot == slot`; `null_count` of them are null records (for the operator)."""
+    """A source's prompts: `items[slot].slot == slot`; `null_count` of them are null records (for the operator).
+
+    ids: the real id of each row's unit (None: that row has none, and is null); None where the source has no ids.
+    """
 
     items: tuple[Prompt, ...]
     null_count: int
+    ids: tuple[str | None, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __repr__(self) -> str:
         return f"Prompts({len(self.items)} records)"
+
+    def only(self, rows: Sequence[int]) -> Prompts:
+        """These rows, in new slots."""
+        items = tuple(replace(self.items[row], slot=slot) for slot, row in enumerate(rows))
+        ids = None if self.ids is None else tuple(self.ids[row] for row in rows)
+        return Prompts(items, sum(not p.token_ids for p in items), ids)
 
 
 def load_prompts(data: DataConfig, tokenizer: Any) -> Prompts:
@@ -50,20 +49,24 @@ def load_prompts(data: DataConfig, tokenizer: Any) -> Prompts:
     generation prompt. With `prompt_tokens: n` only the first n tokens are kept.
 
     Raises:
-        ConfigError: no such file, unsupported suffix, missing column, empty data set, no usable record, no hub.
+        ConfigError: no such file, unsupported suffix, missing column, empty data set, no usable record, no hub, two
+            rows of one unit.
     """
     if data.chat_template and data.prompt_tokens is not None:
         raise ConfigError("data: prompt_tokens would cut the chat template: set one of prompt_tokens, chat_template")
     if data.chat_template and not getattr(tokenizer, "chat_template", None):
         raise ConfigError("data.chat_template: the model's tokenizer has no chat template: set it to false")
-    items = tuple(_prompt(slot, value, data, tokenizer) for slot, value in enumerate(read_prompt_column(data)))
+    values, ids = read_prompt_column(data), read_unit_ids(data)
+    if ids is not None:
+        values = [value if u is not None else None for value, u in zip(values, ids, strict=True)]
+    items = tuple(_prompt(slot, value, data, tokenizer) for slot, value in enumerate(values))
     null_count = sum(not p.token_ids for p in items)
     if null_count == len(items):
         raise ConfigError(
             f"data source {data.source}: not one usable record of {len(items)}: prompts should be non-empty text of "
             f"at most {data.max_prompt_tokens} tokens"
         )
-    return Prompts(items, null_count)
+    return Prompts(items, null_count, None if ids is None else tuple(ids))
 
 
 def load_public_prompts(
@@ -77,60 +80,13 @@ def load_public_prompts(
         ConfigError: as `load_prompts`, or fewer than two usable prompts.
     """
     data = (like or DataConfig.model_validate({})).model_copy(
-        update={"source": evaluation.source, "prompt_tokens": prompt_tokens}
+        update={"source": evaluation.source, "prompt_tokens": prompt_tokens, "unit_column": None}
     )
     usable = [p for p in load_prompts(data, tokenizer).items if p.token_ids]
     if len(usable) < 2:
         raise ConfigError(f"evaluation.source {evaluation.source}: {len(usable)} usable prompt, at least 2 are needed")
     random.Random(seed).shuffle(usable)
     return usable[: evaluation.prompts]
-
-
-def read_prompt_column(data: DataConfig) -> list[Any]:
-    """The raw prompt of every row in order; None for a malformed row."""
-    if data.source.startswith("embedded:"):
-        check_embedded(data.source)
-        return list(read_embedded(data.source))
-    column = data.columns.get("prompt", "prompt")
-    if not is_file_source(data.source):
-        values: list[Any] = _read_hub(data, column)
-    else:
-        path = file_path(data.source)
-        if path.suffix == ".parquet":
-            values = _read_parquet(path, column)
-        elif path.suffix == ".csv":
-            values = _read_csv(path, column)
-        else:
-            values = _pick(_read_json(path) if path.suffix == ".json" else _read_jsonl(path), column, data.source)
-    if not values:
-        raise ConfigError(f"data source {data.source}: the data set is empty: it needs at least one record")
-    return values
-
-
-def is_file_source(source: str) -> bool:
-    """Whether a source can only be a file (a hub name is `name` or `org/name`)."""
-    return (
-        source.endswith(SUFFIXES + _OTHER_FILES)
-        or Path(source).expanduser().exists()
-        or re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source) is None
-    )
-
-
-def check_embedded(source: str) -> None:
-    """Raise ConfigError unless `source` is one of the embedded data sets."""
-    if source not in POPULATION:
-        raise ConfigError(f"data source {source}: no such embedded data set; there are: {', '.join(POPULATION)}")
-
-
-def file_path(source: str) -> Path:
-    """The file of a local source; ConfigError when it is not there or of an unsupported kind."""
-    path = Path(source).expanduser()
-    if not path.is_file():
-        what = "is a folder, give a file" if path.is_dir() else "no such file"
-        raise ConfigError(f"data source {source}: {what} ({', '.join(SUFFIXES)})")
-    if not path.name.endswith(SUFFIXES):
-        raise ConfigError(f"data source {source}: unsupported kind of file; supported are {', '.join(SUFFIXES)}")
-    return path
 
 
 def _prompt(slot: int, value: Any, data: DataConfig, tokenizer: Any) -> Prompt:
@@ -167,90 +123,3 @@ def _content(message: Any) -> str:
     if not isinstance(role, str) or not isinstance(content, str):
         raise TypeError("a message has a role and a content, both text")
     return content
-
-
-def _pick(rows: Iterable[Any], column: str, source: str) -> list[Any]:
-    """The column of rows that are mappings; ConfigError when no row has it."""
-    values: list[Any] = []
-    first: dict[str, Any] | None = None
-    found = False
-    for row in rows:
-        mapping = row if isinstance(row, dict) else {}
-        first = mapping if first is None and mapping else first
-        found = found or column in mapping
-        values.append(mapping.get(column))
-    if first is not None and not found:
-        raise _no_column(source, column, list(first))
-    return values
-
-
-def _no_column(source: str, column: str, names: list[str]) -> ConfigError:
-    shown = ", ".join(n[:40] for n in names[:12]) + (", ..." if len(names) > 12 else "")
-    return ConfigError(
-        f"data source {source}: no column {column!r}; its columns are: {shown} (remap with columns: {{prompt: NAME}})"
-    )
-
-
-def _read_jsonl(path: Path) -> Iterable[Any]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as lines:
-            for line in lines:
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError):  # broken JSON or UTF-8: a null record that keeps its slot
-                    yield None
-    except (OSError, EOFError) as e:
-        raise ConfigError(f"data source {path}: cannot be read ({type(e).__name__})") from None
-
-
-def _read_json(path: Path) -> list[Any]:
-    try:
-        rows = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"data source {path}: is not valid JSON, line {getattr(e, 'lineno', '?')}") from None
-    if not isinstance(rows, list):
-        raise ConfigError(f"data source {path}: should hold a list of objects, one per record")
-    return rows
-
-
-def _read_csv(path: Path, column: str) -> list[Any]:
-    csv.field_size_limit(2**31 - 1)  # a long field is a null record later, not an error of the file
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        reader = csv.DictReader(lines)
-        try:
-            names = list(reader.fieldnames or [])
-            if names and column not in names:
-                raise _no_column(str(path), column, names)
-            return [row.get(column) for row in reader]
-        except csv.Error:
-            raise ConfigError(f"data source {path}: is not valid CSV, line {reader.line_num}") from None
-
-
-def _read_parquet(path: Path, column: str) -> list[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        if column not in names:
-            raise _no_column(str(path), column, names)
-        return file.read(columns=[column]).column(0).to_pylist()
-    except pyarrow.ArrowException:
-        raise ConfigError(f"data source {path}: is not a valid Parquet file") from None
-
-
-def _read_hub(data: DataConfig, column: str) -> list[Any]:
-    import datasets
-
-    try:
-        table = datasets.load_dataset(data.source, split=data.split)
-    except Exception as e:  # the hub's client raises many kinds; all mean that the data set could not be had
-        reason = " ".join(str(e).split())[:200]
-        raise ConfigError(
-            f"data source {data.source}: neither a file here nor readable from the hub, split {data.split!r} ({reason})"
-        ) from None
-    if column not in table.column_names:
-        raise _no_column(data.source, column, table.column_names)
-    return list(table[column])

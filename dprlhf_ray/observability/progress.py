@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -17,20 +18,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dprlhf_ray.privacy.release import Released
+from dprlhf_ray.privacy.release import Operational, Released, only
 
 
 class Laps:
     """Seconds spent in the parts of a step: operational, for the operator only."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
         self._last = time.monotonic()
 
     def lap(self, name: str) -> None:
         now = time.monotonic()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
+
+    def figures(self) -> list[Operational]:
+        return [Operational(name, seconds) for name, seconds in self._seconds.items()]
 
 
 class RunProgress:
@@ -72,13 +76,17 @@ class RunProgress:
             self._task = self._live.add_task(stage, total=total, completed=done, figures="")
 
     def step(
-        self, stage: str, attempt: int, total: int, epsilon: float | None, target: float | None,
-        released: list[Released], tokens_per_second: float, laps: dict[str, float],
+        self, stage: str, attempt: int, total: int, target: float | None, released: Sequence[Released],
+        fleet: Sequence[Operational], laps: Sequence[Operational],
     ) -> None:  # fmt: skip
+        only(Released, released)
+        only(Operational, [*fleet, *laps])
+        speed = next((f.value for f in fleet if f.name == "tokens_per_second"), 0.0)
+        epsilon = next((r.value for r in released if r.name == "epsilon_spent"), None)
         spent = "no guarantee (clip only)" if epsilon is None else f"eps {epsilon:.2f} of {target:g}"
-        shown = "  ".join(f"{r.name} {r.value:.3f}" for r in released if r.name.endswith(("reward", "length")))
-        parts = " ".join(f"{name} {seconds:.1f}" for name, seconds in laps.items())
-        figures = f"{spent}  {shown}  {tokens_per_second:.0f} tok/s  [{parts} s]"
+        shown = "  ".join(f"{r.name} {r.value:.3f}" for r in released if r.name.endswith(("reward", "length", "kl")))
+        parts = " ".join(f"{lap.name} {lap.value:.1f}" for lap in laps)
+        figures = f"{spent}  {shown}  {speed:.0f} tok/s  [{parts} s]"
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=attempt, figures=figures)
             return

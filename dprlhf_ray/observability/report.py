@@ -126,6 +126,7 @@ def _plots(stage: RLStage, rows: Sequence[Mapping[str, Any]], evaluation: Mappin
     """Plots with their title and origin; a plot without a single value is left out."""
     reward, public = plots.series(rows, "private/reward"), plots.series(rows, "public/reward")
     length, clipped = plots.series(rows, "private/length"), plots.series(rows, "private/clip_fraction")
+    kl = plots.series(rows, "private/kl")
     spent = plots.series(rows, "epsilon_spent")
     noised = ORIGINS["noised"]
     found: list[dict[str, Any]] = []
@@ -145,6 +146,9 @@ def _plots(stage: RLStage, rows: Sequence[Mapping[str, Any]], evaluation: Mappin
     if clipped.steps:
         svg = plots.banded(f"{stage.name}-clip", clipped, "share of the expected draw")
         add("Share of records whose gradient was clipped, ± noise", noised, svg)
+    if kl.steps:
+        svg = plots.banded(f"{stage.name}-kl", kl, "nats per token")
+        add("KL divergence from the reference on the draws, ± noise", noised, svg)
     if "after" in evaluation:
         halves = evaluation["before"]["rewards"], evaluation["after"]["rewards"]
         svg = plots.histograms(f"{stage.name}-public", *halves)

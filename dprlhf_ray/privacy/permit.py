@@ -26,6 +26,7 @@ class Permit:
         updates: K, sums that may be released.
         metric_sigma: noise multiplier of the metrics' joint release, or None.
         updates_left, metrics_left: uses left.
+        noise: "gaussian" or "secure".
     """
 
     token: str = field(repr=False)
@@ -38,6 +39,7 @@ class Permit:
     metric_sigma: float | None
     updates_left: int
     metrics_left: int
+    noise: str = "gaussian"
 
     @classmethod
     def of(cls, token: str, stage: str, attempt: int, step: DPStep, incarnation: str) -> Permit:
@@ -45,8 +47,9 @@ class Permit:
         metrics = int(step.metric_noise_multiplier is not None)
         sigma, k = step.noise_multiplier, step.updates_per_draw
         return cls(
-            token, stage, attempt, incarnation, sigma, step.clip_norm, k, step.metric_noise_multiplier, k, metrics
-        )
+            token, stage, attempt, incarnation, sigma, step.clip_norm, k, step.metric_noise_multiplier, k, metrics,
+            step.noise,
+        )  # fmt: skip
 
     @property
     def tag(self) -> str:

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 
 from dprlhf_ray.config import AdapterConfig, RLStage
 from dprlhf_ray.errors import ConfigError
-from dprlhf_ray.privacy import accounting
+from dprlhf_ray.privacy import accounting, filter
 from dprlhf_ray.privacy.accounting import EpsilonReport
+from dprlhf_ray.privacy.filter import Filter
 from dprlhf_ray.privacy.mechanism import DPStep
+
+CLIP_ONLY_METRIC_NOISE = 5.0  # sigma_m of a control without a guarantee: about what a private run's metrics have
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class StagePlan:
     """What a stage will spend. epsilon is None where mode is clip_only: nothing is guaranteed.
 
     ledger_stage: the stage's name in the ledger; in a ledger shared by runs it starts with the run's id.
+    epsilon: of the planned attempts. filter: the gate under adaptive accounting, else None.
     """
 
     stage: str
@@ -26,13 +30,22 @@ class StagePlan:
     epsilon: EpsilonReport | None
     target: float | None
     delta: float
+    filter: Filter | None = None
+
+    @property
+    def certified(self) -> float | None:
+        """The epsilon that is certified: the filter's under adaptive accounting, else the schedule's PLD figure."""
+        if self.filter is not None:
+            return self.filter.epsilon
+        return None if self.epsilon is None else self.epsilon.pld
 
 
-def plan_stage(stage: RLStage, size: int, run_id: str | None = None) -> StagePlan:
+def plan_stage(stage: RLStage, size: int, run_id: str | None = None, dataset: str | None = None) -> StagePlan:
     """Calibrate the noise of a stage to its target, on the safe side.
 
     Args:
-        size: rows of the data set; replaced by `declared_size` under add_remove, where the size is private.
+        size: units that the stage sees; replaced by `declared_size` under add_remove, where the size is private.
+        dataset: declared name of the data set that pays (default: the stage's source).
 
     Raises:
         ConfigError: the target cannot be met, or a setting is refused.
@@ -53,14 +66,38 @@ def plan_stage(stage: RLStage, size: int, run_id: str | None = None) -> StagePla
         clip_norm=p.clip_norm,
         updates_per_draw=p.updates_per_draw,
         steps=p.steps,
-        metric_noise_multiplier=p.metric_noise_multiplier,
+        metric_noise_multiplier=CLIP_ONLY_METRIC_NOISE if p.metrics_share and p.epsilon is None else None,
+        noise=p.noise,
+        max_batch=p.max_batch,
+        records_per_user=p.records_per_user,
     )
+    name = dataset or stage.data
     if p.epsilon is None:
-        return StagePlan(stage.name, ledger_stage, stage.data, step, None, None, p.delta)
-    sigma = accounting.calibrate(step, p.epsilon, p.delta, allow_large_delta=p.allow_large_delta)
-    step = replace(step, noise_multiplier=sigma)
-    report = accounting.epsilon(step, p.delta, allow_large_delta=p.allow_large_delta)
-    return StagePlan(stage.name, ledger_stage, stage.data, step, report, p.epsilon, p.delta)
+        return StagePlan(stage.name, ledger_stage, name, step, None, None, p.delta)
+    accounting.check_delta(p.delta, population, p.allow_large_delta)
+    one, adaptive = replace(step, updates_per_draw=1), p.accounting == "adaptive"
+    if adaptive:
+        sigma = filter.calibrate(one, p.epsilon, p.delta)
+    else:
+        sigma = accounting.calibrate(one, p.epsilon, p.delta, allow_large_delta=True)
+    step = share(step, sigma, p.metrics_share)
+    report = accounting.epsilon(step, p.delta, allow_large_delta=True)
+    gate = filter.choose_order(step, p.epsilon, p.delta) if adaptive else None
+    return StagePlan(stage.name, ledger_stage, name, step, report, p.epsilon, p.delta, gate)
+
+
+def share(step: DPStep, sigma: float, metrics_share: float) -> DPStep:
+    """Split a draw's precision sigma^-2 between its metrics (their share) and its K updates (the rest, evenly).
+
+    sigma_m^-2 = share sigma^-2 and K sigma_g^-2 = (1 - share) sigma^-2; share 0: no metric is released. The step's
+    effective noise is sigma, never less (the last digits are rounded up).
+    """
+    sigma *= 1 + 1e-12
+    return replace(
+        step,
+        noise_multiplier=sigma * (step.updates_per_draw / (1 - metrics_share)) ** 0.5,
+        metric_noise_multiplier=sigma / metrics_share**0.5 if metrics_share else None,
+    )
 
 
 def trainable_numbers(adapter: AdapterConfig, parameters: int, linears: Mapping[str, tuple[int, int]]) -> int:

@@ -1,4 +1,10 @@
-"""Where a ledger lives: its two tables, and connections whose commits are durable and serialised."""
+"""Where a ledger lives: its two tables, and connections whose commits are durable and serialised.
+
+SQLite: write-ahead log, synchronous=EXTRA, BEGIN IMMEDIATE. PostgreSQL: SERIALIZABLE under a table lock, and
+synchronous_commit=on in every transaction (remote_apply where that is configured), whatever the server's default is; a
+server that runs without fsync or full_page_writes is refused. Where it is replicated, the standby that may take over
+must be in synchronous_standby_names: that cannot be seen from here.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +28,7 @@ from sqlalchemy import (
     create_engine,
     event,
     make_url,
+    select,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
@@ -65,19 +72,52 @@ def damage() -> Iterator[None]:
         raise LedgerDamaged(f"ledger: an entry is unreadable ({type(e).__name__}); restore it") from None
 
 
-def connect(url: str | Path, key_path: str | Path | None, read_only: bool) -> tuple[Engine, Path]:
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """One transaction of one writer: another one waits, or gives up after BUSY_SECONDS."""
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":  # the first statement: what it reads next is what the last writer left
+            connection.exec_driver_sql("LOCK TABLE state IN EXCLUSIVE MODE")
+        yield connection
+
+
+def create(engine: Engine) -> None:
+    """Make the tables where they are not there yet, in a transaction of their own."""
+    apart = engine
+    if engine.dialect.name == "postgresql":
+        apart = engine.execution_options(isolation_level="READ COMMITTED")  # after the wait, see what the other made
+    with apart.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('dprlhf_ray.ledger'))")
+        metadata.create_all(connection)
+
+
+def load(connection: Connection) -> Iterator[tuple[Any, ...]]:
+    """All entries in order, a thousand at a time."""
+    statement = select(entries).order_by(entries.c.seq)
+    for row in connection.execute(statement, execution_options={"yield_per": 1000}):
+        yield tuple(row)
+
+
+def is_empty(connection: Connection) -> bool:
+    """Whether nothing was ever written."""
+    return all(connection.execute(select(t).limit(1)).first() is None for t in (entries, state))
+
+
+def connect(
+    url: str | Path, key_path: str | Path | None, *, read_only: bool, anchor_file: Path | None = None
+) -> tuple[Engine, Path]:
     """Engine and key path of a SQLite file or an SQLAlchemy URL; ConfigError when that is impossible."""
     try:
         where = make_url(url) if isinstance(url, str) and "://" in url else URL.create("sqlite", database=str(url))
     except ArgumentError:
         raise ConfigError("ledger: not a database URL; a file path, or postgresql+psycopg://user@host/name") from None
-    if where.get_backend_name() != "sqlite":
+    if where.get_backend_name() == "postgresql":
         if key_path is None:
             raise ConfigError("ledger: a database other than a SQLite file needs the path of a key file")
-        try:
-            return create_engine(where, isolation_level="SERIALIZABLE", pool_size=1, max_overflow=0), Path(key_path)
-        except (ImportError, ArgumentError) as e:
-            raise ConfigError(f"ledger: no driver for {where.drivername} ({e}); install it") from None
+        return _postgresql(where), Path(key_path)
+    if where.get_backend_name() != "sqlite":
+        raise ConfigError(f"ledger: {where.get_backend_name()!r} is not supported; a SQLite file, or PostgreSQL")
     if not where.database or where.database == ":memory:" or where.database.startswith("file:"):
         raise ConfigError("ledger: SQLite in memory is not durable; the path of a file")
     path = Path(where.database).resolve()
@@ -85,7 +125,35 @@ def connect(url: str | Path, key_path: str | Path | None, read_only: bool) -> tu
         raise NoLedger(f"ledger: {path}: no such ledger; the path of ledger.db")
     if not path.parent.is_dir():
         raise ConfigError(f"ledger: {path.parent}: no such directory; create it first")
+    if anchor_file is not None and path.parent in anchor_file.resolve().parents:
+        raise ConfigError(f"ledger_anchor: {anchor_file}: in the ledger's own directory it tells nothing; elsewhere")
     return _sqlite(path, read_only), Path(key_path) if key_path is not None else path.with_suffix(".key")
+
+
+def _postgresql(where: URL) -> Engine:
+    try:
+        engine = create_engine(where, isolation_level="SERIALIZABLE", pool_size=1, max_overflow=0)
+    except (ImportError, ArgumentError) as e:
+        raise ConfigError(f"ledger: no driver for {where.drivername} ({e}); pip install 'psycopg[binary]'") from None
+
+    @event.listens_for(engine, "connect")
+    def _check(connection: Any, record: Any) -> None:
+        with connection.cursor() as cursor:
+            for setting in ("fsync", "full_page_writes"):
+                if cursor.execute(f"SHOW {setting}").fetchone()[0] != "on":
+                    raise ConfigError(f"ledger: the PostgreSQL server runs with {setting} off: it can lose charges; on")
+            configured = cursor.execute("SHOW synchronous_commit").fetchone()[0]
+        connection.rollback()
+        record.info["synchronous_commit"] = "remote_apply" if configured == "remote_apply" else "on"
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:  # for each transaction: no default and no connection pooler is trusted
+        level = connection.connection.info["synchronous_commit"]
+        connection.exec_driver_sql(
+            f"SET LOCAL synchronous_commit = {level}; SET LOCAL lock_timeout = '{BUSY_SECONDS}s'"
+        )
+
+    return engine
 
 
 def _sqlite(path: Path, read_only: bool) -> Engine:

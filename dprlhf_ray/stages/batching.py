@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dprlhf_ray.privacy.private import Private
 from dprlhf_ray.records import Completion, Experience, Prompt
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+@dataclass(frozen=True, repr=False)
+class MicroBatch(Private):
     """U units with G rows each, unit-major. tokens (U*G, L), prompt_lengths (U*G,), responses (U*G, T), mask (U, G, T),
     rewards (U, G), valid (U,): False for padding units."""
 
@@ -70,7 +71,7 @@ def collate(units: Sequence[Experience], group: int, pad_id: int) -> MicroBatch:
         prompt_lengths=torch.tensor([len(p) for p, _ in rows]),
         responses=responses,
         mask=mask.view(len(units), group, width),
-        rewards=torch.tensor([[float(r or 0.0) for r in e.rewards] for e in units]),
+        rewards=torch.tensor([[0.0 if r is None else r.reveal() for r in e.rewards] for e in units]),
         valid=torch.ones(len(units), dtype=torch.bool),
     )
 

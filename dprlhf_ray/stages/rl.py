@@ -15,14 +15,13 @@ from dprlhf_ray.models.adapters import PeftModel
 from dprlhf_ray.models.policy import Policy, Scored
 from dprlhf_ray.privacy.clipping import ClippedSum
 from dprlhf_ray.privacy.per_unit import Recorder
+from dprlhf_ray.privacy.private import Private
 from dprlhf_ray.stages.batching import MicroBatch
-
-METRICS = ("reward", "length", "clip_fraction")
-METRIC_BOUND = len(METRICS) ** 0.5  # each entry lies in [-1, 1]: the joint L2 bound of one unit's metric vector
+from dprlhf_ray.stages.metrics import Metrics
 
 
-@dataclass
-class Draw:
+@dataclass(repr=False)
+class Draw(Private):
     """One rank's share of a draw, across its K updates. PRIVATE."""
 
     batches: Sequence[MicroBatch]
@@ -44,6 +43,7 @@ class RLObjective:
     def __init__(self, policy: Policy, stage: RLStage, recorder: Recorder, reference: Policy | None = None) -> None:
         self.policy, self.stage, self.recorder = policy, stage, recorder
         self.algorithm = build(stage.algorithm)
+        self.metrics = Metrics.of(stage)
         self._reference = reference
         if stage.algorithm.kl_coef and reference is None and not isinstance(policy.model, PeftModel):
             raise ValueError("kl_coef under full fine-tuning needs a frozen copy of the policy as reference")
@@ -52,20 +52,20 @@ class RLObjective:
         """One update's private sum over this rank's units.
 
         Returns:
-            (sum, metrics): metrics (len(METRICS),) float32, the sum over units of vectors bounded by METRIC_BOUND.
+            (sum, metrics): metrics (entries,) float32, the sum over units of vectors bounded by `self.metrics.bound`.
         """
         device = next(self.policy.parameters()).device
         total = ClippedSum(self.recorder.sizes, self.stage.privacy.clip_norm, device)
-        metrics = torch.zeros(len(METRICS), device=device)
+        metrics = torch.zeros(len(self.metrics.names), device=device)
         for i, micro in enumerate(draw.batches):
             batch = micro.to(device)
-            with self.recorder.record(batch.valid.shape[0]):
+            with self.recorder.record(batch.valid.shape[0], batch.rewards.shape[1]):
                 loss = self._loss(draw, i, batch)
                 if loss.requires_grad:
                     loss.sum().backward()  # a sum: unit u's loss reaches row block u only
                 grads = self.recorder.take()
             clipped = total.add(grads, batch.valid)
-            metrics += self._metrics(batch, clipped)
+            metrics += self.metrics.total(batch, clipped, self._log_ratio(draw, i, batch))
         return total, metrics
 
     def _loss(self, draw: Draw, i: int, batch: MicroBatch) -> Tensor:
@@ -111,13 +111,8 @@ class RLObjective:
             with self.policy.model.disable_adapter():  # type: ignore[operator]
                 yield self.policy
 
-    def _metrics(self, batch: MicroBatch, clipped: Tensor) -> Tensor:
-        per_unit = torch.stack(
-            [
-                batch.rewards.mean(1) / self.stage.scorer.reward_bound,
-                batch.mask.sum(-1).mean(1) / self.stage.generation.max_new_tokens,
-                clipped.float(),
-            ],
-            dim=1,
-        ).clamp(-1.0, 1.0)
-        return torch.where(batch.valid.unsqueeze(1), per_unit, torch.zeros_like(per_unit)).sum(0)
+    @staticmethod
+    def _log_ratio(draw: Draw, i: int, batch: MicroBatch) -> Tensor | None:
+        """log pi - log pi_ref of the policy that drew the completions, where the loss has computed both."""
+        reference = draw.reference[i]
+        return None if reference is None else (draw.old[i][0] - reference).view(batch.mask.shape)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from dprlhf_ray.config import ScorerConfig
 from dprlhf_ray.errors import ConfigError
+from dprlhf_ray.privacy.private import PrivateNumber
 
 
 class Scorer(Protocol):
@@ -78,7 +79,7 @@ def load_function(name: str) -> Callable[[str, str], float]:
     return function
 
 
-def score_records(scorer: Scorer, pairs: Sequence[tuple[str, str]], bound: float) -> list[float | None]:
+def score_records(scorer: Scorer, pairs: Sequence[tuple[str, str]], bound: float) -> list[PrivateNumber | None]:
     """Score (prompt, completion) pairs one by one, clipped to [-bound, bound].
 
     An error or a value that is not finite gives None for that pair and touches no other; its unit then contributes
@@ -87,9 +88,9 @@ def score_records(scorer: Scorer, pairs: Sequence[tuple[str, str]], bound: float
     return [_score_one(scorer, prompt, completion, bound) for prompt, completion in pairs]
 
 
-def _score_one(scorer: Scorer, prompt: str, completion: str, bound: float) -> float | None:
+def _score_one(scorer: Scorer, prompt: str, completion: str, bound: float) -> PrivateNumber | None:
     try:
         value = float(scorer.score(prompt, completion))
     except Exception:  # a user's function may raise anything on its record, and must not touch the others
         return None
-    return max(-bound, min(bound, value)) if math.isfinite(value) else None
+    return PrivateNumber(max(-bound, min(bound, value))) if math.isfinite(value) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -47,7 +48,8 @@ def main() -> None:
         share = deal(units, world)[rank]
 
         def redeem(attempt: int = attempt) -> Permit:
-            return Permit.of(f"test-{attempt}", "rl", attempt, spec.step, "test")
+            permit = Permit.of(f"test-{attempt}", "rl", attempt, spec.step, "test")
+            return replace(permit, sigma=case.get("permit_sigma", permit.sigma))  # noise off, all else as planned
 
         released = learner.update(share, case.get("baseline", 0.0), redeem)
         if rank == 0:

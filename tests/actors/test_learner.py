@@ -31,7 +31,7 @@ def _units(count: int, seed: int) -> list[Any]:
 
 def learn(
     out: Path, model: Path, world: int, zero: int, *, sigma: float = 0.0, kind: str = "lora", algorithm: str = "rloo",
-    draws: list[Any], optimizer: str = "sgd", rank: int = 4, **case: Any,
+    draws: list[Any], optimizer: str = "sgd", rank: int = 4, corrected: bool = False, **case: Any,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Run `world` learner processes; returns the trained and the published weights of rank 0."""
     out.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def learn(
     stage = {
         "privacy": {"mode": "clip_only", "clip_norm": CLIP, "expected_batch": BATCH, "steps": 9},
         "algorithm": {"kind": algorithm, "completions_per_prompt": 2, "kl_coef": 0.1},
-        "optimizer": {"kind": optimizer, "lr": 1.0 if optimizer == "sgd" else 0.01},
+        "optimizer": {"kind": optimizer, "lr": 1.0 if optimizer == "sgd" else 0.01, "noise_corrected": corrected},
     }
     tree = {
         "model": {"name": str(model), "dtype": "float32", "adapter": adapter},

@@ -141,7 +141,9 @@ def test_embedded_reviews_are_complete_and_the_public_part_shares_no_text_with_t
     assert all(r["text"] and -4 <= r["rating"] <= 4 for r in rows)
     private, public = read_embedded(MOVIE_REVIEWS), read_embedded(PUBLIC_OPENINGS)
     assert (len(private), len(public)) == (POPULATION[MOVIE_REVIEWS], POPULATION[PUBLIC_OPENINGS]) == (8990, 1600)
-    assert not {t.lower() for t in private} & {t.lower() for t in public}
+    assert not {r["text"].lower() for r in private} & {r["text"].lower() for r in public}
+    ids, public_ids = {r["id"] for r in private}, {r["id"] for r in public}
+    assert len(ids) == len(private) and not ids & public_ids
 
 
 def test_public_prompts_depend_on_the_public_seed_only(tokenizer: Any) -> None:

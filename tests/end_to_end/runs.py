@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
+import base64
+import contextlib
 import io
 import json
 import lzma
 import os
+import pickle
 import secrets
 import signal
 import subprocess
@@ -16,16 +17,20 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
+from pyarrow import feather
 
 from dprlhf_ray import config as cfg
 from dprlhf_ray.config import RunConfig
+from dprlhf_ray.privacy.chain import Entry
 from dprlhf_ray.privacy.ledger import Ledger
 from tests.end_to_end.rewards import FAILS_ON
 
@@ -73,8 +78,8 @@ class World:
         return {tuple(tokenizer(t)["input_ids"]): t for t in texts}
 
 
-def make_world(folder: Path, model: Path) -> World:
-    marks = tuple("zq" + "".join(secrets.choice("bcdfghjkmnpqrtvwxz") for _ in range(10)) for _ in range(RECORDS))
+def make_world(folder: Path, model: Path, records: int = RECORDS) -> World:
+    marks = tuple("zq" + "".join(secrets.choice("bcdfghjkmnpqrtvwxz") for _ in range(10)) for _ in range(records))
     rows = [f"the movie {m} was" + (f" {FAILS_ON}" if i % 20 == 0 else "") for i, m in enumerate(marks)]
     (folder / "private.jsonl").write_text("".join(json.dumps({"prompt": r}) + "\n" for r in rows))
     public = [f"the story {i} is one that you will like" for i in range(8)]
@@ -140,7 +145,9 @@ def write_config(path: Path, tree: dict[str, Any]) -> Path:
 
 def attempts(run_dir: Path) -> list[int]:
     """Attempts charged in the ledger, in order."""
-    entries = Ledger.read(run_dir / "ledger.db").entries if (run_dir / "ledger.db").exists() else ()
+    entries: list[Entry] = []
+    if (run_dir / "ledger.db").exists():
+        Ledger.read(run_dir / "ledger.db", visit=entries.append)
     return [json.loads(e.body)["attempt"] for e in entries if e.kind == "charge"]
 
 
@@ -154,33 +161,52 @@ def final_version(run_dir: Path) -> int:
 
 
 def forms(text: str) -> list[bytes]:
-    """How a string lies in files: UTF-8 (JSON and pickles too), UTF-16, UTF-32 (NumPy)."""
-    return [text.encode(), text.encode("utf-16-le"), text.encode("utf-32-le")]
+    """How a string of 12 characters or more lies in files: UTF-8 (JSON and pickles too), UTF-16, UTF-32 (NumPy), hex,
+    and base64 at each of its three alignments (without the characters that neighbours change)."""
+    plain = text.encode()
+    coded = [base64.b64encode(b"\0" * n + plain)[-(-n * 4 // 3) :][: (len(plain) - 2) // 3 * 4] for n in range(3)]
+    return [plain, text.encode("utf-16-le"), text.encode("utf-32-le"), plain.hex().encode(), *coded]
 
 
 def token_forms(ids: Iterable[int]) -> list[bytes]:
-    """How token ids lie in files: arrays of 32 and 64 bits (NumPy, Arrow, tensors), and as text."""
+    """How token ids lie in files: arrays of 16, 32 and 64 bits (NumPy, Arrow, tensors), pickled, and as text."""
     row = list(ids)
-    binary = [np.array(row, dtype=d).tobytes() for d in (np.int32, np.int64)]
-    return binary + [sep.join(map(str, row)).encode() for sep in (", ", ",", " ")]
+    binary = [np.array(row, dtype=d).tobytes() for d in (np.uint16, np.int32, np.int64)]
+    pickled = b"".join(pickle.dumps(i, protocol=2)[2:-1] for i in row)
+    return [*binary, pickled, *(sep.join(map(str, row)).encode() for sep in (", ", ",", " "))]
+
+
+@dataclass
+class Searched:
+    """files and size: what was read (bytes on disk). hits: "path: needle"."""
+
+    files: int = 0
+    size: int = 0
+    hits: list[str] = field(default_factory=list)
 
 
 def leaks(folders: Iterable[Path], needles: Iterable[bytes]) -> list[str]:
-    """Files below `folders`, unpacked where they are compressed, that contain a needle (8 bytes or more)."""
+    """Files below `folders` that contain a needle; see `search`."""
+    return search(folders, needles).hits
+
+
+def search(folders: Iterable[Path], needles: Iterable[bytes]) -> Searched:
+    """Look for needles (8 bytes or more) in files below `folders`, unpacked where they are compressed."""
     by_start: dict[int, list[bytes]] = {}
     for needle in needles:
         by_start.setdefault(int.from_bytes(needle[:8], sys.byteorder), []).append(needle)
     starts = np.array(sorted(by_start), dtype=np.uint64)
-    found = []
+    found = Searched()
     for folder in folders:
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
             try:
                 data = path.read_bytes()
             except OSError:  # gone meanwhile
                 continue
+            found.files, found.size = found.files + 1, found.size + len(data)
             hit = next((h for content in _contents(data) if (h := _first_hit(content, by_start, starts))), None)
             if hit:
-                found.append(f"{path}: {hit[:40]!r}")
+                found.hits.append(f"{path}: {hit[:40]!r}")
     return found
 
 
@@ -196,15 +222,26 @@ def _first_hit(data: bytes, by_start: dict[int, list[bytes]], starts: np.ndarray
 
 
 def _contents(data: bytes) -> Iterator[bytes]:
+    """The bytes, and what is inside them where they are an archive or an Arrow or Parquet file."""
     yield data
-    for start, unpack in ((b"\x1f\x8b", gzip.decompress), (b"BZh", bz2.decompress), (b"\xfd7zXZ", lzma.decompress),
-                          (b"x\x9c", zlib.decompress)):  # fmt: skip
+    for start, codec in (
+        (b"\x1f\x8b", "gzip"),
+        (b"BZh", "bz2"),
+        (b"\x04\x22\x4d\x18", "lz4"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+    ):
         if data.startswith(start):
-            try:
-                yield unpack(data)
-            except (OSError, EOFError, zlib.error, lzma.LZMAError):
-                continue
+            with contextlib.suppress(OSError):
+                yield from _contents(pa.CompressedInputStream(pa.BufferReader(data), codec).read())
+    for start, unpack in ((b"\xfd7zXZ", lzma.decompress), (b"x\x9c", zlib.decompress)):
+        if data.startswith(start):
+            with contextlib.suppress(EOFError, zlib.error, lzma.LZMAError):
+                yield from _contents(unpack(data))
     if data.startswith(b"PK\x03\x04"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for name in archive.namelist():
-                yield archive.read(name)
+                yield from _contents(archive.read(name))
+    if data.startswith((b"ARROW1", b"PAR1")):
+        reader = pq.read_table if data.startswith(b"PAR1") else feather.read_table
+        columns = reader(pa.BufferReader(data)).columns
+        yield from (b.to_pybytes() for c in columns for chunk in c.chunks for b in chunk.buffers() if b is not None)

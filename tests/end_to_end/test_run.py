@@ -61,7 +61,7 @@ def done(world: World, tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
             roles.fleet.generate = keep  # type: ignore[method-assign]
         if attempt == STEPS:
-            seen.sequences = [list(s) for s in roles.fleet._check_sequences]
+            seen.sequences = [list(s) for s in roles.fleet.check_sequences]
             seen.memory = roles.learners.call("publish")[3]
 
     with pytest.MonkeyPatch.context() as patch:  # the logs stay: they are searched
@@ -146,20 +146,3 @@ def test_nothing_private_is_in_any_file_of_the_run_or_of_ray(done: Seen, world: 
     sessions = list(scratch.glob("ray-*/session_*/logs"))
     assert sessions, "Ray's session folder is elsewhere: nothing was searched"
     assert leaks([done.root, scratch], needles) == []
-
-
-def test_the_search_finds_what_is_planted(tmp_path: Path) -> None:
-    import gzip
-    import pickle
-
-    ids = [5, 81, 17, 300, 44, 2]
-    (tmp_path / "a.gz").write_bytes(gzip.compress(b"so zqmarked it is"))
-    (tmp_path / "b.pkl").write_bytes(pickle.dumps({"prompt": "so zqmarked it is"}))
-    np.save(tmp_path / "c.npy", np.array(["zqmarked"]))
-    np.savez_compressed(tmp_path / "d.npz", x=np.array(["zqmarked"]))
-    (tmp_path / "e.txt").write_text("zqmarked", encoding="utf-16")
-    np.save(tmp_path / "f.npy", np.array(ids))
-    (tmp_path / "g.json").write_text(json.dumps(ids))
-    (tmp_path / "clean").write_text("nothing")
-    found = leaks([tmp_path], forms("zqmarked") + token_forms(ids))
-    assert sorted(Path(f.split(": ")[0]).name[0] for f in found) == list("abcdefg")

@@ -14,7 +14,8 @@ from dprlhf_ray.config import RunConfig
 from dprlhf_ray.evaluation.public import compare
 from dprlhf_ray.observability.metrics import MetricsLog
 from dprlhf_ray.observability.report import write_report
-from dprlhf_ray.privacy.certificate import write_certificate
+from dprlhf_ray.privacy.certificate import DatasetCost, write_certificate
+from dprlhf_ray.privacy.composition import Part, compose
 from dprlhf_ray.privacy.planning import plan_stage
 from dprlhf_ray.privacy.release import Released
 
@@ -42,9 +43,10 @@ def _run(folder: Path, clip_only: bool = False, ended: bool = True, evaluated: b
     (folder / "evaluation-rl.json").write_text(json.dumps(tree))
     if ended:
         spent = {"dataset": "reviews", "attempts": 3}
-        ledger = {"head": "ab" * 32, "epoch": 2, "stages": {"rl": spent}}
+        ledger = {"head": "ab" * 32, "seq": 9, "epoch": 2, "stages": {"rl": spent}}
         plan = plan_stage(config.stages[0], 1000)
-        write_certificate(folder, config, [plan], ledger, {"reviews": plan.epsilon})
+        composed = compose([Part("rl", plan.step, None)], plan.delta)
+        write_certificate(folder, config, [plan], ledger, {"reviews": DatasetCost(composed, composed)})
     return write_report(folder).read_text(encoding="utf-8")
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from dprlhf_ray import config as cfg
 from dprlhf_ray.config import RunConfig
-from dprlhf_ray.privacy.accounting import EpsilonReport
-from dprlhf_ray.privacy.certificate import certificate, readable, write_certificate
+from dprlhf_ray.privacy.certificate import DatasetCost, certificate, readable, write_certificate
+from dprlhf_ray.privacy.composition import Bound, Composition, Group, Part, compose
+from dprlhf_ray.privacy.partitions import Units
 from dprlhf_ray.privacy.planning import StagePlan, plan_stage
 
 DP = {"epsilon": 4.0, "steps": 3, "expected_batch": 50}
@@ -26,30 +27,37 @@ def _config(*privacy: dict[str, Any], data: dict[str, Any] | None = None, **more
 
 
 def _plans(config: RunConfig) -> list[StagePlan]:
-    return [plan_stage(s, 1000) for s in config.stages]
+    return [plan_stage(s, 1000, dataset=config.dataset_of(s.data)) for s in config.stages]
 
 
 def _ledger(plans: list[StagePlan], attempts: int = 3) -> dict[str, Any]:
     stages = {p.ledger_stage: {"dataset": p.dataset, "attempts": attempts} for p in plans}
-    return {"head": HEAD, "epoch": 2, "stages": stages}
+    return {"head": HEAD, "seq": 7, "epoch": 2, "stages": stages}
 
 
-def _cumulative(plans: list[StagePlan]) -> dict[str, EpsilonReport | None]:
-    """What a ledger would say that knows of the last plan of each data set only."""
-    return {p.dataset: p.epsilon for p in plans}
+def _costs(plans: list[StagePlan], units: dict[str, Units] | None = None) -> dict[str, DatasetCost]:
+    """What an accountant would say that knows of these plans only."""
+    found = {}
+    for name in dict.fromkeys(p.dataset for p in plans):
+        parts = [Part(p.ledger_stage, p.step, (units or {}).get(p.stage)) for p in plans if p.dataset == name]
+        composed = compose(parts, min(p.delta for p in plans if p.dataset == name))
+        found[name] = DatasetCost(composed, composed)
+    return found
 
 
 def _certificate(*privacy: dict[str, Any], **more: Any) -> tuple[dict[str, Any], list[StagePlan]]:
     config = _config(*privacy, **more)
     plans = _plans(config)
-    return certificate(config, plans, _ledger(plans), _cumulative(plans)), plans
+    return certificate(config, plans, _ledger(plans), _costs(plans)), plans
 
 
 def test_clip_only_is_never_certified_and_has_no_epsilon_anywhere() -> None:
     found, _ = _certificate(CLIP_ONLY)
     assert found["certified"] is False and "stage0" in found["voided_by"][0]
     data = found["data_sets"]["reviews"]
-    assert found["stages"][0]["epsilon"] is None and data["run"] is None and data["cumulative"] is None
+    assert found["stages"][0]["epsilon"] is None
+    for cost in (data["run"], data["cumulative"], *data["partitions"], *data["run"]["groups"]):
+        assert [v for k, v in cost.items() if k.startswith(("epsilon", "delta"))] == [None] * 4
     text = readable(found)
     assert "NOT CERTIFIED" in text and found["statement"] not in text and "no guarantee" in text
 
@@ -58,7 +66,7 @@ def test_one_stage_without_noise_voids_the_whole_run() -> None:
     """A private stage cannot make up for one that released the same data set's gradients without noise."""
     found, _ = _certificate(DP, CLIP_ONLY)
     assert found["certified"] is False
-    assert found["data_sets"]["reviews"]["run"] is None
+    assert found["data_sets"]["reviews"]["run"]["epsilon"] is None
 
 
 def test_two_stages_on_one_data_set_cost_more_than_either_and_less_than_their_sum() -> None:
@@ -81,7 +89,7 @@ def test_a_run_that_stopped_early_certifies_the_planned_epsilon() -> None:
     """The number of attempts may depend on the data, so that fewer of them prove nothing less."""
     config = _config(DP)
     plans = _plans(config)
-    whole, early = (certificate(config, plans, _ledger(plans, n), _cumulative(plans)) for n in (3, 1))
+    whole, early = (certificate(config, plans, _ledger(plans, n), _costs(plans)) for n in (3, 1))
     assert early["data_sets"] == whole["data_sets"]
     assert early["stages"][0]["attempts_charged"] == 1
 
@@ -90,7 +98,7 @@ def test_nothing_that_the_contract_demands_is_missing() -> None:
     found, plans = _certificate(DP)
     assert set(found) >= {
         "certified", "voided_by", "data_sets", "stages", "sampler", "noise", "metrics_released", "public",
-        "accounting_mode", "ledger", "excluded", "software",
+        "accounting_mode", "ledger", "assumed", "excluded", "software",
     }  # fmt: skip
     stage = found["stages"][0]
     mechanism = stage["mechanism"]
@@ -99,12 +107,15 @@ def test_nothing_that_the_contract_demands_is_missing() -> None:
         "unit", "adjacency", "population",
     }  # fmt: skip
     assert mechanism == plans[0].step.parameters()
-    assert set(stage["epsilon"]) == {"pld", "rdp"} and stage["epsilon"]["pld"] <= stage["epsilon_target"]
+    assert set(stage["epsilon"]) == {"certified", "pld", "rdp"}
+    assert stage["epsilon"]["certified"] == stage["epsilon"]["pld"] <= stage["epsilon_target"]
     assert stage["epsilon"]["pld"] <= stage["epsilon"]["rdp"]
-    assert found["ledger"] == {"head": HEAD, "epoch": 2}
+    assert found["ledger"] == {"head": HEAD, "seq": 7, "epoch": 2, "anchored": False}
     assert set(found["public"]) >= {"model", "scorers"}
     data = found["data_sets"]["reviews"]
-    assert (data["role"], data["records"], data["ledger_knows"]) == ("private", 1000, "this run only")
+    assert set(data) >= {"role", "sources", "unit", "adjacency", "partitions", "run", "cumulative"}
+    assert (data["role"], data["ledger_knows"]) == ("private", "this run only")
+    assert data["partitions"][0]["units"] == 1000 and data["run"]["reason"] == "one stage"
     assert {"torch", "dp-accounting", "ray"} <= set(found["software"])
 
 
@@ -117,11 +128,14 @@ def test_the_cumulative_epsilon_of_the_ledger_stands_beside_that_of_the_run() ->
     """False: what other runs spent on the data set is left out, or takes the place of this run's own figure."""
     config = _config(DP, ledger="shared.db")
     plans = [plan_stage(config.stages[0], 1000, "a-run")]
-    all_runs = EpsilonReport(9.5, 11.25)
-    found = certificate(config, plans, _ledger(plans), {"reviews": all_runs})
+    bound = Bound(9.5, 9.5, 11.25)
+    both = Composition(bound, 1e-5, (Group(("old/stage0", "a-run/stage0"), bound),), "sequential: of two runs")
+    found = certificate(config, plans, _ledger(plans), {"reviews": DatasetCost(_costs(plans)["reviews"].run, both)})
     data = found["data_sets"]["reviews"]
-    assert data["cumulative"] == {"epsilon_pld": 9.5, "epsilon_rdp": 11.25, "delta": 1e-5}
-    assert data["run"]["epsilon_pld"] <= 4.0 and "cumulative in this ledger: 9.5000" in readable(found)
+    cumulative = data["cumulative"]
+    assert [cumulative[k] for k in ("epsilon", "epsilon_pld", "epsilon_rdp", "delta")] == [9.5, 9.5, 11.25, 1e-5]
+    text = readable(found)
+    assert data["run"]["epsilon"] <= 4.0 and "share this ledger: epsilon 9.5000" in text and "of two runs" in text
     assert data["stages_in_ledger"] == ["a-run/stage0"]
     assert (found["stages"][0]["stage"], found["stages"][0]["attempts_charged"]) == ("stage0", 3)
 
@@ -129,9 +143,64 @@ def test_the_cumulative_epsilon_of_the_ledger_stands_beside_that_of_the_run() ->
 def test_both_files_are_written_and_tell_the_same(tmp_path: Path) -> None:
     config = _config(DP)
     plans = _plans(config)
-    found = write_certificate(tmp_path, config, plans, _ledger(plans), _cumulative(plans))
+    found = write_certificate(tmp_path, config, plans, _ledger(plans), _costs(plans))
     assert json.loads((tmp_path / "certificate.json").read_text()) == found
     text = (tmp_path / "certificate.md").read_text()
-    assert f"epsilon {found['data_sets']['reviews']['run']['epsilon_pld']:.4f}" in text and HEAD in text
-    for excluded in found["excluded"]:
-        assert excluded in text
+    assert f"epsilon {found['data_sets']['reviews']['run']['epsilon']:.4f}" in text and HEAD in text
+    for line in [*found["excluded"], *found["assumed"], *found["metrics_released"].values(), found["noise"]]:
+        assert line in text
+
+
+def _units(letters: str) -> Units:
+    return Units(frozenset(c.encode() * 16 for c in letters))
+
+
+def test_two_disjoint_partitions_and_an_overlapping_stage() -> None:
+    """A unit of the first pays for stages 0 and 2, one of the second for 1 and 2; the run costs the dearer of both."""
+    data = {"reviews": {"partitions": {"first": 0.5, "second": 0.5}}}
+    config = _config(DP, DP | {"epsilon": 2.0}, DP | {"epsilon": 1.0}, data=data)
+    pairs = zip(config.stages, ("first", "second", None), strict=True)
+    config = config.model_copy(update={"stages": tuple(s.model_copy(update={"partition": p}) for s, p in pairs)})
+    plans = _plans(config)
+    units = {"stage0": _units("ab"), "stage1": _units("cd"), "stage2": _units("abcd")}
+    found = certificate(config, plans, _ledger(plans), _costs(plans, units))
+    first, second, everybody = found["data_sets"]["reviews"]["partitions"]
+    assert (first["partition"], second["partition"], everybody["partition"]) == ("first", "second", None)
+    assert 4.0 < first["epsilon"] < 5.0 and 2.0 < second["epsilon"] < 3.0
+    assert first["epsilon"] == everybody["epsilon"] == found["data_sets"]["reviews"]["run"]["epsilon"]
+    text = readable(found)
+    for p in (first, second):
+        assert f"| reviews | {p['partition']} (0.5) | 1000 | {p['stages'][0]} | epsilon {p['epsilon']:.4f}" in text
+    assert "parallel over groups" in text
+
+
+def test_sources_of_one_declared_data_set_are_one_budget() -> None:
+    """Two sources that paid from two budgets would each show half of what their people lose."""
+    data = {"prompts": {"dataset": "people"}, "pairs": {"source": "pairs.jsonl", "dataset": "people"}}
+    found, plans = _certificate(DP, DP, data=data)
+    assert list(found["data_sets"]) == ["people"]
+    people = found["data_sets"]["people"]
+    assert set(people["sources"]) == {"prompts", "pairs"}
+    assert plans[0].epsilon is not None and people["run"]["epsilon"] > plans[0].epsilon.pld * 1.1
+
+
+def test_secure_noise_is_named_and_its_residue_is_not_excluded_for_nothing() -> None:
+    plain, secure = _certificate(DP)[0], _certificate(DP | {"noise": "secure"})[0]
+    assert "secure" in secure["noise"] and "secure" not in plain["noise"]
+    assert any("finite precision" in e for e in plain["excluded"])
+    assert not any("finite precision" in e for e in secure["excluded"])
+
+
+def test_an_adaptive_stage_certifies_its_filter_and_not_its_plan() -> None:
+    """What an adaptive stage really draws may differ from the plan, so that the plan's PLD is no bound."""
+    config = _config(DP | {"accounting": "adaptive"})
+    plans = _plans(config)
+    gate = plans[0].filter
+    assert gate is not None
+    composed = compose([Part("stage0", plans[0].step, None, "", gate.alpha, gate.rho_budget)], 1e-5)
+    found = certificate(config, plans, _ledger(plans), {"reviews": DatasetCost(composed, composed)})
+    run, stage = found["data_sets"]["reviews"]["run"], found["stages"][0]
+    assert found["accounting_mode"] == stage["accounting"] == "adaptive"
+    assert run["epsilon"] == pytest.approx(4.0, rel=1e-6) and run["epsilon_pld"] is None
+    assert stage["epsilon"]["certified"] == 4.0 > stage["epsilon"]["pld"]
+    assert "epsilon 4.0000" in readable(found)

@@ -56,7 +56,7 @@ def test_recorded_gradients_equal_one_record_autograd(rows_per_unit: int, dtype:
         grads = torch.autograd.grad(_loss(net, ids[rows], targets[rows]).sum(), list(net.parameters()))
         expected.append([g.clone() for g in grads])
     recorder = Recorder(net)
-    with recorder.record(units):
+    with recorder.record(units, rows_per_unit):
         _loss(net, ids, targets).sum().backward()
         grads = recorder.take()
     for i, g in enumerate(grads):

@@ -98,9 +98,9 @@ def test_the_accountant_charges_before_it_permits_and_forgets_permits_not_charge
         restarted.redeem(reservation.token, "learner-1", "m1")
     restarted.declare("reviews", "rl", STEP, 8.0, 1e-5)
     last = restarted.reserve("rl", "learner-2")
-    cumulative = restarted.cumulative("reviews", 1e-5)
+    cumulative = restarted.composition("reviews", 1e-5, {}).bound
     assert reservation.epsilon_spent is not None and last.epsilon_spent is not None and cumulative is not None
-    assert reservation.epsilon_spent < last.epsilon_spent == cumulative.pld <= 8.0
+    assert reservation.epsilon_spent < last.epsilon_spent == cumulative.epsilon <= 8.0
     with pytest.raises(BudgetExhausted):
         restarted.reserve("rl", "learner-2")
 
@@ -109,4 +109,4 @@ def test_a_clip_only_stage_is_counted_but_has_no_epsilon(tmp_path: Path) -> None
     accountant = AccountantActor(str(tmp_path / "ledger.db"))
     accountant.declare("reviews", "control", DPStep("record", "zero_out", 100, 0.5, 0.0, 1.0, 1, 3, None), None, 1e-5)
     assert accountant.reserve("control", "learner-1").epsilon_spent is None
-    assert accountant.cumulative("reviews", 1e-5) is None
+    assert accountant.composition("reviews", 1e-5, {}).bound is None

@@ -17,7 +17,7 @@ from dprlhf_ray.privacy.clipping import ClippedSum
 from dprlhf_ray.privacy.per_unit import Recorder
 from dprlhf_ray.records import Completion, Experience, Prompt
 from dprlhf_ray.stages import batching
-from dprlhf_ray.stages.rl import METRIC_BOUND, Draw, RLObjective
+from dprlhf_ray.stages.rl import Draw, RLObjective
 
 ALGORITHMS = list(get_args(AlgorithmConfig.model_fields["kind"].annotation))
 
@@ -81,7 +81,7 @@ def test_nulling_a_unit_removes_its_own_clipped_gradient_and_nothing_else(
         assert deviation < 2e-4, f"unit {i}: {deviation:.2e} of its own gradient"
         assert own.norm() <= clip_norm * (1 + 1e-5)
         assert torch.allclose(metrics - others_metrics, own_metrics, atol=1e-5)
-        assert own_metrics.norm() <= METRIC_BOUND + 1e-6
+        assert own_metrics.norm() <= objective.metrics.bound + 1e-6
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

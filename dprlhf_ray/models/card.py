@@ -1,0 +1,82 @@
+"""The model card of an exported model: README.md in Hugging Face form, with the privacy statement in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dprlhf_ray.config import RLStage, RunConfig
+from dprlhf_ray.models.embedded import HUB_NAME, LICENSE
+from dprlhf_ray.run_dir import write_atomically
+
+_TEMPLATE = Path(__file__).parent / "card.md.j2"
+_TAGS = ["differential-privacy", "rlhf", "dprlhf_ray"]
+
+
+def write_cards(folder: Path, config: RunConfig, stage: RLStage, certificate: Mapping[str, Any] | None) -> list[Path]:
+    """Write README.md into the exported models of a stage (`folder/adapter` and `folder/merged`, those that exist).
+
+    Args:
+        certificate: of the run; None while it has not ended, and the card says that nothing is certified yet.
+
+    Returns:
+        What was written.
+    """
+    written = []
+    for kind in ("adapter", "merged"):
+        if (folder / kind).is_dir():
+            path = folder / kind / "README.md"
+            write_atomically(path, model_card(kind, config, stage, certificate))
+            written.append(path)
+    return written
+
+
+def model_card(kind: str, config: RunConfig, stage: RLStage, certificate: Mapping[str, Any] | None) -> str:
+    """The card of one exported folder (kind: adapter or merged), YAML front matter first."""
+    from huggingface_hub import ModelCard, ModelCardData  # heavy enough to load only here
+
+    name = config.model.name
+    data = ModelCardData(
+        base_model=HUB_NAME if name == "embedded" else name if _is_hub_name(name) else None,
+        license=LICENSE if name == "embedded" else _license(name),
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        tags=[*_TAGS, *(["lora"] if kind == "adapter" else [])],
+    )
+    dataset = config.dataset_of(stage.data)
+    c = certificate or {}
+    card = ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        kind=kind,
+        run=config.name,
+        base=HUB_NAME if name == "embedded" else Path(name).name if _is_folder(name) else name,
+        stage=next((s for s in c.get("stages", []) if s["stage"] == stage.name), None),
+        name=stage.name,
+        algorithm=stage.algorithm.kind,
+        data_set=dataset,
+        cost=c.get("data_sets", {}).get(dataset),
+        certificate=certificate,
+    )
+    return str(card).rstrip() + "\n"
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
+
+
+def _is_hub_name(name: str) -> bool:
+    return not _is_folder(name) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+
+
+def _license(name: str) -> str | None:
+    """What the card of a local base model names; unknown otherwise."""
+    readme = Path(name).expanduser() / "README.md"
+    if not readme.is_file():
+        return None
+    from huggingface_hub import ModelCard
+
+    found = ModelCard.load(readme, ignore_metadata_errors=True).data.get("license")
+    return found if isinstance(found, str) else None

@@ -1,0 +1,98 @@
+"""Neighbour replay on the real learner (DeepSpeed, process groups, published weights), noise zero.
+
+One step on D and on D' (one unit nulled): the released sums differ by exactly that unit's own clipped gradient, and
+everybody else's part is the sum of their own. For every algorithm, one and two ranks, ZeRO 0 to 3.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from dprlhf_ray.config import AlgorithmConfig
+from tests.actors.replay import Found, launch, setting, units
+
+ALGORITHMS = list(get_args(AlgorithmConfig.model_fields["kind"].annotation))
+COUNT, LONGEST = 5, 2
+CLIPS = {"saturated": 0.02, "free": 1e4}
+TOLERANCE = 2e-4  # of the unit's own gradient: float32 weights and sums, another order of additions
+BROKEN: dict[str, Any] = {"scorer-failed": [None, 0.3], "not-a-number": [float("nan"), 0.3]}
+BOTH = units(COUNT, 7, longest=40)  # 80 tokens: above micro_batch_tokens, a micro-batch of its own
+LATER = units(3, 8)
+
+
+def _without(i: int) -> list[Any]:
+    return BOTH[:i] + BOTH[i + 1 :]
+
+
+def _nulled(i: int) -> list[Any]:
+    """A null record keeps its slot: the prompt, no completions."""
+    return [*BOTH[:i], (BOTH[i][0], [], []), *BOTH[i + 1 :]]
+
+
+def _cases() -> list[dict[str, Any]]:
+    cases: list[dict[str, Any]] = []
+    for label, clip in CLIPS.items():
+        draws = {"all": BOTH} | {f"own{i}": [BOTH[i]] for i in range(COUNT)}
+        draws |= {"left-out0": _without(0), f"nulled{LONGEST}": _nulled(LONGEST)}
+        draws |= {f"{k}1": [BOTH[0], (*BOTH[1][:2], rewards), *BOTH[2:]] for k, rewards in BROKEN.items()}
+        cases += [{"name": f"{label}/{k}", "clip_norm": clip, "draws": [d]} for k, d in draws.items()]
+    # a second step whose draw lacks the unit, after a first one with and without it
+    cases += [{"name": f"then-later/{k}", "draws": [d, LATER]} for k, d in (("all", BOTH), ("less", _without(LONGEST)))]
+    return cases
+
+
+def _deviation(found: Found) -> float:
+    """Largest deviation from the unit's own clipped gradient, relative to it; everything exact is asserted."""
+    worst = 0.0
+    for label, clip in CLIPS.items():
+        whole, metrics = found.sum(f"{label}/all"), found.metrics(f"{label}/all")
+        own = [found.sum(f"{label}/own{i}") for i in range(COUNT)]
+        own_metrics = [found.metrics(f"{label}/own{i}") for i in range(COUNT)]
+        if label == "saturated":
+            assert all(abs(g.norm() / clip - 1) < 1e-3 for g in own), "C saturates nobody: choose a smaller one"
+        else:
+            assert all(1e-3 < g.norm() < clip for g in own), "C bounds somebody: choose a larger one"
+        nulled = {"left-out0": 0, f"nulled{LONGEST}": LONGEST} | {f"{k}1": 1 for k in BROKEN}
+        for name, i in nulled.items():
+            others, others_metrics = found.sum(f"{label}/{name}"), found.metrics(f"{label}/{name}")
+            assert torch.isfinite(others).all() and torch.isfinite(others_metrics).all(), f"{label} {name}"
+            everybody_else = sum(own[:i] + own[i + 1 :])
+            for difference in (whole - others - own[i], others - everybody_else):
+                worst = max(worst, float(difference.norm() / own[i].norm()))
+            assert torch.allclose(metrics - others_metrics, own_metrics[i], atol=1e-5), f"{label} {name}: metrics"
+    first, second = "then-later/all", "then-later/less"
+    assert not torch.equal(found.weights[f"{first}/0"], found.weights[f"{second}/0"])
+    assert torch.equal(found.weights[f"{first}/1"], found.weights[f"{second}/1"]), "the first step is still felt"
+    assert found.released[f"{first}/1"] == found.released[f"{second}/1"]
+    assert all(torch.equal(other[k], v) for other in found.others for k, v in found.weights.items())
+    return worst
+
+
+def _check(out: Path, model: Path, world: int, stages: list[int], record: Any) -> None:
+    names = {(a, z): setting(model, world, z, a, _cases()) for a in ALGORITHMS for z in stages}
+    found = launch(out, world, list(names.values()))
+    table = {f"{a}, {world} ranks, ZeRO {z}": _deviation(found[s["name"]]) for (a, z), s in names.items()}
+    for row, value in table.items():
+        record(row, f"{value:.2e}")
+        print(f"{row}: {value:.2e}")
+    assert max(table.values()) < TOLERANCE, table
+
+
+def test_nulling_a_unit_changes_the_published_weights_by_its_own_clipped_gradient(
+    tiny_model: Path, tmp_path: Path, record_property: Any
+) -> None:
+    """False: ranks, shards, micro-batches, an error or a running statistic couple records; clipping bounds nothing."""
+    _check(tmp_path, tiny_model, 2, [0, 3], record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "stages"), [(1, [0, 1]), (1, [2, 3]), (2, [1, 2])])
+def test_nulling_a_unit_at_every_stage(
+    world: int, stages: list[int], tiny_model: Path, tmp_path: Path, record_property: Any
+) -> None:
+    """As above, for the rest of the grid."""
+    _check(tmp_path, tiny_model, world, stages, record_property)

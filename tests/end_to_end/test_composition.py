@@ -1,0 +1,92 @@
+"""Three stages on one data set, two on disjoint partitions, killed in the second and resumed: one certificate."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from dprlhf_ray.privacy import accounting, chain
+from dprlhf_ray.privacy.ledger import Ledger
+from dprlhf_ray.privacy.ledger_key import read_key
+from dprlhf_ray.privacy.partitions import digest
+from tests.end_to_end.runs import RECORDS, Command, World, forms, leaks, write_config
+
+STEPS = {"first": 2, "second": 8, "everybody": 2}
+
+
+def three_stages(world: World, folder: Path) -> Path:
+    """The config's path. Every record's unit has an id that is found nowhere else."""
+    rows = [json.loads(line) | {"who": f"id-{mark}"} for line, mark in zip(
+        (world.folder / "private.jsonl").read_text().splitlines(), world.marks, strict=True
+    )]  # fmt: skip
+    source = folder / "with_ids.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = world.tree()
+    tree["data"]["notes"] |= {
+        "source": str(source), "unit_column": "who", "partitions": {"first": 0.5, "second": 0.5}, "dataset": "people",
+    }  # fmt: skip
+    stage = tree["stages"][0]
+    tree["stages"] = [
+        stage | {"name": name, "partition": None if name == "everybody" else name,
+                 "privacy": stage["privacy"] | {"expected_batch": 12, "steps": steps, "epsilon": 6.0 - i}}
+        for i, (name, steps) in enumerate(STEPS.items())
+    ]  # fmt: skip
+    return write_config(folder / "three.yaml", tree)
+
+
+def spent(root: Path) -> dict[str, int]:
+    if not (root / "ledger.db").exists():
+        return {}
+    return {name: s.spent for name, s in Ledger.read(root / "ledger.db").schedules.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_three_stages_killed_in_the_second_and_resumed_have_one_certificate(
+    world: World, tmp_path: Path, scratch: Path
+) -> None:
+    root, config = tmp_path / "out", three_stages(world, tmp_path)
+    killed = Command("run", str(config), "--output", str(root))
+    killed.wait_until(lambda: spent(root).get("second", 0) >= 2, 600)
+    killed.note_family()
+    killed.process.send_signal(signal.SIGKILL)
+    killed.end()
+    before = spent(root)
+    assert before["first"] == 2 and 2 <= before["second"] < 8 and "everybody" not in before
+    assert not (root / "certificate.json").exists()
+    card = root / "models/first/merged/README.md"
+    assert "Not certified yet" in card.read_text()
+
+    code, _, err = Command("run", str(config), "--output", str(root), "--resume").end(800)
+    assert code == 0, err
+    assert killed.survivors() == []
+    certificate = json.loads((root / "certificate.json").read_text())
+    assert {s["stage"]: s["attempts_charged"] for s in certificate["stages"]} == STEPS and certificate["certified"]
+
+    view = Ledger.read(root / "ledger.db")
+    steps = {name: s.step for name, s in view.schedules.items()}
+    assert steps["first"].population + steps["second"].population == steps["everybody"].population == RECORDS
+    (people,) = certificate["data_sets"].values()
+    pairs = {("first", "everybody"), ("second", "everybody")}
+    assert {tuple(g["stages"]) for g in people["run"]["groups"]} == pairs
+    by_hand = {
+        a: accounting.compose([steps[a], steps[b]], 1e-3, allow_large_delta=True).pld for a, b in pairs
+    }  # fmt: skip
+    assert {p["partition"]: p["epsilon"] for p in people["partitions"]} == by_hand | {None: max(by_hand.values())}
+    assert people["run"]["epsilon"] == people["cumulative"]["epsilon"] == max(by_hand.values())
+    everything = accounting.compose(list(steps.values()), 1e-3, allow_large_delta=True).pld
+    assert max(s["epsilon"]["pld"] for s in certificate["stages"]) < people["run"]["epsilon"] < everything
+    assert certificate["ledger"]["head"] == view.head
+
+    for name in STEPS:
+        for kind in ("adapter", "merged"):
+            text = (root / "models" / name / kind / "README.md").read_text()
+            assert f"epsilon {people['run']['epsilon']:.4f}" in text and view.head in text, (name, kind)
+
+    key = chain.unit_key(read_key(root / "ledger.key"))
+    digests = [digest(key, "people", f"id-{mark}") for mark in world.marks]
+    needles = [n for mark in world.marks for n in forms(mark)] + digests + [d.hex().encode() for d in digests]
+    assert leaks([root, scratch], needles) == [], "an id, or a digest of one, is in a file"

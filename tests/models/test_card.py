@@ -1,0 +1,70 @@
+"""Every exported model says what was guaranteed, and never more than the certificate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from dprlhf_ray import config as cfg
+from dprlhf_ray.config import RunConfig
+from dprlhf_ray.models.card import model_card, write_cards
+from dprlhf_ray.privacy.certificate import DatasetCost, certificate
+from dprlhf_ray.privacy.composition import Part, compose
+from dprlhf_ray.privacy.planning import plan_stage
+
+
+def run(privacy: dict[str, Any], model: str = "embedded") -> tuple[RunConfig, dict[str, Any]]:
+    config = cfg.parse(
+        {"model": {"name": model}, "stages": [{"privacy": privacy | {"expected_batch": 50, "steps": 3}}]}
+    )
+    plan = plan_stage(config.stages[0], 1000)
+    composed = compose([Part("rl", plan.step, None)], plan.delta)
+    ledger = {"head": "ab" * 32, "seq": 4, "epoch": 1, "stages": {"rl": {"dataset": "reviews", "attempts": 3}}}
+    return config, certificate(config, [plan], ledger, {"reviews": DatasetCost(composed, composed)})
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_card_holds_the_statement_of_the_certificate_and_opens_as_a_hugging_face_card(kind: str) -> None:
+    config, found = run({"epsilon": 4.0})
+    card = ModelCard(model_card(kind, config, config.stages[0], found))
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and card.data.license == "apache-2.0"
+    assert card.data.library_name == ("peft" if kind == "adapter" else "transformers")
+    assert "differential-privacy" in card.data.tags
+    cost = found["data_sets"]["reviews"]["run"]
+    for text in (f"epsilon {cost['epsilon']:.4f} at delta 1e-05", "ab" * 32, "one record", "zero_out", '"reviews"'):
+        assert text in card.text, text
+    for text in (*found["excluded"], *found["assumed"]):
+        assert text in card.text
+    assert ("AutoPeftModel" in card.text) is (kind == "adapter")
+
+
+def test_no_card_claims_anything_without_noise_or_before_the_end() -> None:
+    config, found = run({"mode": "clip_only"})
+    for text in (model_card("merged", config, config.stages[0], c) for c in (found, None)):
+        assert "epsilon " not in text and "is differentially private" not in text
+    assert "NOT CERTIFIED" in model_card("merged", config, config.stages[0], found)
+    assert "Not certified yet" in model_card("merged", config, config.stages[0], None)
+
+
+def test_the_licence_and_name_of_a_local_base_model_are_its_own(tmp_path: Path) -> None:
+    """The path of a folder tells where its owner keeps it, and is no name of a model."""
+    base = tmp_path / "my-base"
+    base.mkdir()
+    config, found = run({"epsilon": 4.0}, str(base))
+    card = ModelCard(model_card("merged", config, config.stages[0], found))
+    assert card.data.license is None and card.data.base_model is None
+    assert "my-base" in card.text and str(tmp_path) not in str(card)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# base\n")
+    assert ModelCard(model_card("merged", config, config.stages[0], found)).data.license == "mit"
+
+
+def test_every_exported_folder_gets_one_and_it_is_written_again(tmp_path: Path) -> None:
+    config, found = run({"epsilon": 4.0})
+    (tmp_path / "merged").mkdir()
+    assert write_cards(tmp_path, config, config.stages[0], None) == [tmp_path / "merged" / "README.md"]
+    (tmp_path / "adapter").mkdir()
+    assert len(write_cards(tmp_path, config, config.stages[0], found)) == 2
+    assert all("Not certified yet" not in (tmp_path / k / "README.md").read_text() for k in ("adapter", "merged"))

@@ -1,0 +1,188 @@
+"""The loop of a stage, with a real ledger and accountant: paid for first, and what is lost is made anew.
+
+The roles that need a cluster are stand-ins: here the order of the driver's calls is looked at, not what they compute.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from dprlhf_ray import config as cfg
+from dprlhf_ray import pipeline
+from dprlhf_ray.actors.accountant import AccountantActor
+from dprlhf_ray.actors.learner_group import LearnersRestarted
+from dprlhf_ray.data.sources import Prompts
+from dprlhf_ray.errors import LedgerDamaged
+from dprlhf_ray.privacy.ledger import Ledger
+from dprlhf_ray.privacy.mechanism import DPStep
+from dprlhf_ray.privacy.planning import StagePlan
+from dprlhf_ray.privacy.release import Released
+from dprlhf_ray.records import Completion, Prompt
+from dprlhf_ray.run_dir import RunDir
+
+STEP = DPStep("record", "zero_out", 40, 0.5, 4.0, 1.0, 1, 6, 8.0)
+RELEASED, PUBLIC, PRIVATE = 0.375, 0.125, -0.75  # mean rewards: released with noise, of public prompts, of the draws
+
+
+class Quiet:
+    """Takes every call and says nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+class Direct:
+    """An actor without Ray: `actor.method.remote(...)` is a plain call."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self._target, name))
+
+
+class Enough(Exception):
+    """Ends the loop after the attempts that a test looks at."""
+
+
+@dataclass
+class World:
+    """Stand-ins that note (what, attempts on disk at that moment). die_at: updates under which the learners die."""
+
+    folder: Path
+    accountant: AccountantActor
+    die_at: tuple[int, ...] = ()
+    seen: list[tuple[str, int]] = field(default_factory=list)
+    draws: list[tuple[int, ...]] = field(default_factory=list)
+    shares: list[Any] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    baselines: list[float] = field(default_factory=list)
+    incarnation: str = "learner-1"
+    info: dict[str, int] = field(default_factory=lambda: {"trainable": 1, "version": 0})
+
+    def note(self, what: str) -> None:
+        self.seen.append((what, Ledger.read(self.folder / "ledger.db").schedules["rl"].spent))
+
+    def draw(self, population: int, *_: Any) -> tuple[int, ...]:
+        self.note("draw")
+        self.draws.append(tuple(range(len(self.draws), population, 2)))
+        return self.draws[-1]
+
+    def generate(self, prompts: list[Any], count: int) -> list[list[Completion]]:
+        self.note("public" if prompts[0] == (9,) else "generate")
+        return [[Completion((7,), "public" if p == (9,) else "private", True, 0)] * count for p in prompts]
+
+    def score(self, pairs: list[tuple[str, str]]) -> list[float]:
+        return [PUBLIC if completion == "public" else PRIVATE for _, completion in pairs]
+
+    def wait_ready(self) -> None:
+        pass
+
+    def sync(self, *_: Any) -> None:
+        pass
+
+    def status(self) -> dict[str, float]:
+        return {}
+
+    def call(self, method: str, arguments: Any = None) -> Any:
+        if method != "update":
+            return [], 0, {}, []
+        self.note("update")
+        ((share,), baseline, token) = arguments[0]
+        self.shares.append(tuple(e.prompt.slot for e in share))
+        self.tokens.append(token)
+        self.baselines.append(baseline)
+        if len(self.tokens) in self.die_at:
+            self.incarnation = f"learner-{len(self.tokens) + 1}"
+            raise LearnersRestarted("the learner group died and was restarted; the step in flight is spent")
+        self.accountant.redeem(token, self.incarnation, "only")
+        return [Released("private/reward", RELEASED, "noised", 0.1)], len(self.tokens), {}, []
+
+
+def _tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
+    return {"input_ids": [9]}
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    accountant = AccountantActor(str(tmp_path / "ledger.db"))
+    accountant.declare("notes", "rl", STEP, 8.0, 1e-5)
+    found = World(tmp_path, accountant)
+    plain = SimpleNamespace(get=lambda x: x, put=lambda x: x, exceptions=ray.exceptions)
+    monkeypatch.setattr(pipeline, "ray", plain)
+    monkeypatch.setattr(pipeline, "ask", lambda actor, method, *a, **k: getattr(actor, method).remote(*a))
+    monkeypatch.setattr(pipeline, "Gauges", lambda name: Quiet())
+    monkeypatch.setattr(pipeline, "poisson_draw", found.draw)
+    return found
+
+
+def _run(world: World, attempts: int) -> None:
+    """The stage's loop, until `attempts` have been published."""
+    public = world.folder / "public.jsonl"
+    public.write_text("".join(json.dumps({"prompt": f"public {i}"}) + "\n" for i in range(4)))
+    tree = {
+        "data": {"notes": {"source": str(public)}},
+        "evaluation": {"source": str(public), "prompts": 4},
+        "stages": [{"data": "notes", "privacy": {"epsilon": 8.0, "expected_batch": 20, "steps": STEP.steps}}],
+    }
+    config = cfg.parse(tree)
+    prompts = Prompts(tuple(Prompt(i, (i + 10,), f"record {i}") for i in range(STEP.population)), 0)
+    plan = StagePlan("rl", "rl", "notes", STEP, None, 8.0, 1e-5)
+    roles = pipeline.Roles(Direct(world.accountant), Direct(world), world, world)  # type: ignore[arg-type]
+    published = 0
+
+    def on_step(attempt: int, _: Any) -> None:
+        nonlocal published
+        published += 1
+        if published == attempts:
+            raise Enough
+
+    with pytest.raises(Enough):
+        pipeline._rl(config, 0, plan, RunDir(world.folder), roles, prompts, _tokenizer, Quiet(), on_step)  # type: ignore[arg-type]
+
+
+def test_nothing_private_is_touched_before_its_charge_is_on_disk(world: World) -> None:
+    """False: a draw, a rollout or an update happens before the ledger's file holds what pays for it."""
+    _run(world, 3)
+    private = [entry for entry in world.seen if entry[0] != "public"]
+    assert private == [(what, n) for n in (1, 2, 3) for what in ("draw", "generate", "update")]
+
+
+def test_everybody_who_was_drawn_takes_part_and_nobody_else(world: World) -> None:
+    """False: units are dropped, repeated or replaced between the draw and the learner."""
+    _run(world, 3)
+    assert [tuple(sorted(s)) for s in world.shares] == world.draws
+
+
+def test_an_attempt_that_died_is_charged_again_with_a_new_draw_rollout_and_permit(world: World) -> None:
+    """False: a retry uses the same attempt, draw, completions or permit, so that two releases share their noise's
+    charge, or the died attempt is refunded."""
+    world.die_at = (2,)
+    _run(world, 3)
+    private = [entry for entry in world.seen if entry[0] != "public"]
+    assert private == [(what, n) for n in (1, 2, 3, 4) for what in ("draw", "generate", "update")]
+    assert len(set(world.tokens)) == len(world.tokens) == 4
+    assert [tuple(sorted(s)) for s in world.shares] == world.draws
+    assert world.accountant.spent("rl") == 4
+
+
+def test_without_an_acknowledged_charge_there_is_no_draw(world: World) -> None:
+    """False: the loop goes on when the accountant refuses."""
+    world.accountant.close()
+    with pytest.raises(LedgerDamaged):
+        _run(world, 1)
+    assert [what for what, _ in world.seen if what != "public"] == []
+
+
+def test_the_baseline_is_a_released_value_never_that_of_the_draw(world: World) -> None:
+    """False: the mean reward of private completions reaches the next step without noise."""
+    _run(world, 3)
+    assert world.baselines == [PUBLIC, RELEASED, RELEASED]
