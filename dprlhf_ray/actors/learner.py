@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ from dprlhf_ray.stages.rl import Draw, RLObjective
 
 CHECK_SEQUENCES = 6  # public sequences on which engines and learner are compared after each sync
 GRADIENT_BYTES = 256 << 20  # per-record gradients held at once; speed and memory only
+
+if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+    # DeepSpeed's compiled operation: environments that share one folder build it again in turns
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def _check_noise_and_rate(seen: Oracle, root: Path) -> tuple[float, float]:
     return pooled, z
 
 
+@pytest.mark.slow
 def test_versions_noise_and_sampling_rate_are_what_the_ledger_says(
     crowd: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
