@@ -88,7 +88,7 @@ def test_two_ranks_make_the_same_update_at_every_zero_stage(
     assert torch.allclose(got, reference, atol=1e-7), f"largest deviation {(got - reference).abs().max():.2e}"
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [0, *(pytest.param(z, marks=pytest.mark.slow) for z in (1, 2, 3))])
 def test_noise_is_added_once_whatever_the_ranks_and_the_stage(zero: int, tiny_model: Path, tmp_path: Path) -> None:
     """False: each rank adds its own noise (sqrt 2), noise is averaged (1/sqrt 2), or replicas differ.
 

@@ -49,11 +49,7 @@ def _run(world: World, engine: str, sandbox: Path, seen: Path) -> subprocess.Com
         "VLLM_CACHE_ROOT",
         "VLLM_CONFIG_ROOT",
     )
-    # one that is outside: what DeepSpeed compiles takes minutes
-    keep = {
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/torch_extensions"))
-    }
-    env = os.environ | {c: str(sandbox / "caches" / c.lower()) for c in caches} | keep | {"TMPDIR": str(sandbox)}
+    env = os.environ | {c: str(sandbox / "caches" / c.lower()) for c in caches} | {"TMPDIR": str(sandbox)}
     command = [sys.executable, "-m", "tests.end_to_end.leaky", str(config), str(sandbox / "out"), str(seen)]
     return subprocess.run(command, env=env, cwd=sandbox, capture_output=True, text=True, timeout=280)
 
