@@ -6,6 +6,7 @@ This module imports no torch, ray, vllm or deepspeed, so that a bad config is re
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -367,6 +368,12 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("ledger", "ledger_key", "ledger_anchor")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        """One file, whatever folder a process works in."""
+        return value if value is None or "://" in value else os.path.abspath(os.path.expanduser(value))
 
     @field_validator("data")
     @classmethod

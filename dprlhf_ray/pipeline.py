@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,11 @@ def _rl(
     _bring_up(roles, show)
     before = _before(here, stage, roles, public, show)
     attempt = ask(roles.accountant, "spent", plan.ledger_stage)
+    rows = read_metrics(here.root)
+    if attempt < (released_before := max((r["attempt"] for r in rows if r["stage"] == stage.name), default=0)):
+        raise LedgerDamaged(f"ledger: {attempt} attempts of stage {stage.name!r}, but {released_before} were released")
     show.begin(stage.name, attempt, stage.privacy.steps)
-    baseline = last_value(read_metrics(here.root), stage.name, "private/reward")
+    baseline = last_value(rows, stage.name, "private/reward")
     while attempt < stage.privacy.steps:
         clock = Laps()
         try:
@@ -175,10 +179,9 @@ def rollout(drawn: list[Prompt], stage: RLStage, roles: Roles) -> list[Experienc
     group = stage.algorithm.completions_per_prompt
     completions = roles.fleet.generate([p.token_ids for p in usable], group) if usable else []
     pairs = [(p.text, c.text) for p, row in zip(usable, completions, strict=True) for c in row]
-    rewards = ray.get(roles.scorer.score.remote(pairs)) if pairs else []
-    return [
-        Experience(p, tuple(row), tuple(rewards[i * group : (i + 1) * group]))
-        for i, (p, row) in enumerate(zip(usable, completions, strict=True))
+    rewards = iter(ray.get(roles.scorer.score.remote(pairs)) if pairs else [])
+    return [  # a prompt that the engine cannot take has no completions, and so no rewards
+        Experience(p, tuple(row), tuple(islice(rewards, len(row)))) for p, row in zip(usable, completions, strict=True)
     ]
 
 
@@ -291,10 +294,10 @@ def _accountant(config: RunConfig, here: RunDir, namespace: str) -> Any:
     """Check the ledger here, where damage is one clear line, then start the role that writes it."""
     where, anchor = config.ledger or str(here.ledger), here.newest_head()
     try:
-        Ledger.read(where, config.ledger_key, anchor=anchor, anchor_file=config.ledger_anchor)
+        Ledger.read(where, config.ledger_key, anchor=anchor, anchor_file=config.ledger_anchor, writing=True)
     except NoLedger as e:
-        if anchor is not None:
-            raise LedgerDamaged(f"{e}; this run's checkpoints were paid for in one: restore it") from None
+        if anchor is not None or read_metrics(here.root):
+            raise LedgerDamaged(f"{e}; what this run has released was paid for in one: restore it") from None
     accountant = start_accountant(where, config.ledger_key, anchor, config.ledger_anchor, namespace)
     for dataset, budget in config.budgets().items():
         ask(accountant, "set_budget", dataset, budget.epsilon, budget.delta)

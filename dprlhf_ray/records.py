@@ -58,4 +58,5 @@ class Experience(Private):
     @property
     def is_null(self) -> bool:
         """A record that caused a failure of its own contributes exactly zero."""
-        return not self.prompt.token_ids or not self.completions or any(r is None for r in self.rewards)
+        scored = len(self.rewards) == len(self.completions) and not any(r is None for r in self.rewards)
+        return not self.prompt.token_ids or not self.completions or not scored

@@ -133,9 +133,9 @@ class Learner:
             self._sum_to_first(total.total)
             if measured and k == 0:
                 self._sum_to_first(metrics)
-            value = torch.empty_like(total.total)
+            value = torch.empty_like(total.total, dtype=torch.float32)
             if self.rank == 0:
-                permit = permit or redeem()
+                permit = permit or self._checked(redeem())
                 value = noise_gradient(total.total, permit).value
                 if measured and k == 0:
                     released = self._release(metrics, permit)
@@ -143,6 +143,13 @@ class Learner:
             self._write_and_step(value / self.spec.step.expected_batch)
         self.version += 1
         return released
+
+    def _checked(self, permit: Permit) -> Permit:
+        """What was charged has to be what was clipped."""
+        step = self.spec.step
+        if (permit.clip_norm, permit.updates) != (step.clip_norm, step.updates_per_draw):
+            raise RuntimeError("the permit is for another clip norm or number of updates; nothing was released")
+        return permit
 
     def _micro_batches(self, experiences: Sequence[Experience]) -> list[batching.MicroBatch]:
         group = self.stage.algorithm.completions_per_prompt

@@ -66,7 +66,10 @@ class Policy(nn.Module):
         decoder, kwargs = lm.get_decoder(), {}
         if "position_ids" in inspect.signature(decoder.forward).parameters:
             # one row of positions per row of tokens: learned positions that all rows share have no per-record gradient
-            kwargs["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            last = getattr(lm.config, "max_position_embeddings", tokens.shape[1]) - 1  # padding may go beyond it
+            kwargs["position_ids"] = (
+                torch.arange(tokens.shape[1], device=tokens.device).clamp(max=last).expand_as(tokens)
+            )
         hidden = decoder(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
         where = prompt_lengths.unsqueeze(1) - 1 + torch.arange(responses.shape[1], device=tokens.device)
         where = where.clamp(max=tokens.shape[1] - 1)

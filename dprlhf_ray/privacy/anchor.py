@@ -106,6 +106,11 @@ def lost(path: Path) -> LedgerDamaged:
     )
 
 
+def left_out() -> LedgerDamaged:
+    """The refusal to write to an anchored ledger without its anchor, which would not see what is charged."""
+    return LedgerDamaged("ledger: it was anchored, so that nothing is charged without its anchor; set ledger_anchor")
+
+
 def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR)

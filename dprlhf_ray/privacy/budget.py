@@ -75,6 +75,7 @@ def check_fits(dataset: str, budget: Budget, schedules: Iterable[Schedule]) -> N
     for s in declared:
         if s.step.noise_multiplier == 0:
             raise ConfigError(f"stage {s.stage!r}: clip only is refused on {dataset!r}, which has a budget; add noise")
+        accounting.check_delta(budget.delta, s.step.population, s.delta * s.step.population >= 1)
     total = cost(declared, budget.delta)
     if total > budget.epsilon * ROUNDING:
         names = ", ".join(s.stage for s in declared)

@@ -11,7 +11,7 @@ from dprlhf_ray.privacy.private import Private
 
 
 class ClippedSum(Private):
-    """Running sum over units of clip(g_u, C), in float32, over all trainable parameters as one vector.
+    """Running sum over units of clip(g_u, C), in float64, over all trainable parameters as one vector.
 
     Guarantee: adding or nulling one unit changes `total` by at most C in L2 norm, whatever its gradient is. A unit
     whose gradient is not finite contributes exactly zero and touches nobody else (masked before any multiplication).
@@ -24,7 +24,8 @@ class ClippedSum(Private):
     def __init__(self, sizes: Sequence[int], clip_norm: float, device: torch.device | str = "cpu") -> None:
         self.sizes = list(sizes)
         self.clip_norm = clip_norm
-        self.total = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        # float64: which units share a micro-batch depends on the draw, and with it the rounding of partial sums
+        self.total = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
 
     def add(self, grads: Sequence[Tensor], valid: Tensor) -> Tensor:
         """Add a micro-batch.
@@ -50,6 +51,6 @@ class ClippedSum(Private):
             if f is not None:
                 if bad:  # 0 * NaN is NaN
                     f = torch.where(usable.unsqueeze(1), f, torch.zeros_like(f))
-                self.total[offset : offset + size] += factor @ f
+                self.total[offset : offset + size] += (factor @ f).double()
             offset += size
         return usable & (factor < 1.0)

@@ -173,8 +173,16 @@ class Ledger:
             body: dict[str, Any] = {"attempt": schedule.spent + 1}
             step, plan, rho = step or schedule.step, schedule.step, 0.0
             if schedule.alpha is not None:
-                if (step.unit, step.adjacency, step.population) != (plan.unit, plan.adjacency, plan.population):
-                    raise ConfigError(f"stage {stage!r}: unit, adjacency and population stay as declared")
+                fixed = replace(
+                    plan,
+                    sampling_rate=step.sampling_rate,
+                    noise_multiplier=step.noise_multiplier,
+                    metric_noise_multiplier=step.metric_noise_multiplier,
+                    updates_per_draw=step.updates_per_draw,
+                    steps=step.steps,
+                )
+                if step != fixed:
+                    raise ConfigError(f"stage {stage!r}: only q, the noise and the updates per draw may change")
                 rho = filter.rho(step, schedule.alpha)
                 body |= {"step": replace(step, steps=1).parameters(), "rho": rho}
             elif step != plan:
@@ -268,6 +276,8 @@ class Ledger:
                     else:
                         self._key = read_key(self._key_path)
                         self._state = verified(connection, self._key, recorded)
+                    if not kept and self._state.anchored:
+                        raise anchors.left_out()
                     if kept and not mark:
                         if self._state.anchored:
                             raise anchors.lost(kept.path)

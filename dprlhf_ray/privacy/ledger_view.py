@@ -37,11 +37,13 @@ def read(
     anchor: str | None = None,
     anchor_file: str | Path | None = None,
     visit: Callable[[Entry], Any] | None = None,
+    writing: bool = False,
 ) -> LedgerView:
     """Verify a ledger without writing to it. Arguments and errors as `Ledger.open`; NoLedger where there is none.
 
     Args:
         visit: called with every entry in order, before the end of the chain is known to be whole.
+        writing: refuse also what a writer refuses: a ledger that was anchored, without its anchor.
     """
     file = None if anchor_file is None else Path(anchor_file)
     engine, key = store.connect(url, key_path, read_only=True, anchor_file=file)
@@ -59,6 +61,8 @@ def read(
         engine.dispose()
     if file is not None and mark is None and state.anchored:
         raise anchors.lost(file)
+    if file is None and state.anchored and writing:
+        raise anchors.left_out()
     return LedgerView(state.seq, state.epoch, state.head, state.anchored, state.schedules, state.budgets)
 
 

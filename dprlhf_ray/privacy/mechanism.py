@@ -15,6 +15,7 @@ from dprlhf_ray.errors import ConfigError
 UNITS = ("record", "user")
 NOISES = ("gaussian", "secure")
 ADJACENCIES = ("zero_out", "add_remove", "replace_one")
+SMALLEST_CLIP_NORM = 1e-10  # squares of the numbers of a shorter vector vanish in float32, and its norm with them
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class DPStep:
         if self.sampling_rate > 1:
             raise ConfigError(f"sampling_rate: {self.sampling_rate!r} is not a probability; a number in (0, 1]")
         check_positive("clip_norm", self.clip_norm)
+        if self.clip_norm < SMALLEST_CLIP_NORM:
+            raise ConfigError(f"clip_norm: {self.clip_norm!r} is refused; at least {SMALLEST_CLIP_NORM:g}")
         if self.noise_multiplier != 0:
             check_positive("noise_multiplier", self.noise_multiplier)
         if self.metric_noise_multiplier is not None:

@@ -23,13 +23,14 @@ class NoisedSum:
 
 
 def _normal(size: torch.Size, std: float, device: torch.device) -> Tensor:
-    """Standard deviation `std`, float64 draws rounded once to float32, from a generator keyed by the operating system.
+    """Standard deviation `std`, in float64 (the noised sum is rounded once, to float32), from a generator that the
+    operating system keys.
 
     Philox with a fresh 128-bit key. Not torch's own generator: on CPUs it keeps 32 bits of its seed, few enough to try
     them all against a published weight difference and to subtract the noise.
     """
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(secrets.randbits(256))))
-    return torch.from_numpy(generator.standard_normal(tuple(size)) * std).to(device=device, dtype=torch.float32)
+    return torch.from_numpy(generator.standard_normal(tuple(size)) * std).to(device)
 
 
 def noise_gradient(total: Tensor, permit: Permit) -> NoisedSum:
@@ -53,4 +54,4 @@ def noise_metrics(total: Tensor, permit: Permit, bound: float) -> NoisedSum:
 def _noised(total: Tensor, std: float, bound: float, permit: Permit) -> NoisedSum:
     if permit.noise == "secure":
         return NoisedSum(*add_secure_noise(total, std, bound), permit.tag)
-    return NoisedSum(total + _normal(total.shape, std, total.device), std, permit.tag)
+    return NoisedSum((total + _normal(total.shape, std, total.device)).float(), std, permit.tag)

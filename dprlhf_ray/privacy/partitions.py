@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,14 +37,19 @@ class Units(Private):
 
 
 def unit_id(value: Any) -> str | None:
-    """The one spelling of a unit's id: text or a whole number; None for anything else, which identifies nobody."""
-    if isinstance(value, float) and value.is_integer():  # how a column of integers with gaps is often read
+    """The one spelling of a unit's id: text or a whole number; None for anything else, which identifies nobody.
+
+    Integers with gaps are often read or written as floats: 7, 7.0, "7" and "7.0" are one id. A float from 2^53 on may
+    have been another integer, and identifies nobody.
+    """
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
         return None
-    return unicodedata.normalize("NFC", value).strip() or None
+    text = unicodedata.normalize("NFC", value).strip()
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", text) or None
 
 
 def spans(partitions: Mapping[str, float]) -> dict[str, tuple[float, float]]:

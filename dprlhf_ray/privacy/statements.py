@@ -60,6 +60,7 @@ def assumed(config: RunConfig) -> list[str]:
         found.append("where rows have no ids, each row is a unit of its own")
     if any(s.scorer.kind == "python" for s in config.stages):
         found.append("Python scorers keep no state between records and send none away")
+    found.append("a Ray cluster that was there before the run spills no objects to disk")
     if config.ledger is None:
         found.append("no other run reads these data sets, or its cost is added elsewhere")
     return found

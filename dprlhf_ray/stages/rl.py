@@ -52,11 +52,11 @@ class RLObjective:
         """One update's private sum over this rank's units.
 
         Returns:
-            (sum, metrics): metrics (entries,) float32, the sum over units of vectors bounded by `self.metrics.bound`.
+            (sum, metrics): metrics (entries,) float64, the sum over units of vectors bounded by `self.metrics.bound`.
         """
         device = next(self.policy.parameters()).device
         total = ClippedSum(self.recorder.sizes, self.stage.privacy.clip_norm, device)
-        metrics = torch.zeros(len(self.metrics.names), device=device)
+        metrics = torch.zeros(len(self.metrics.names), dtype=torch.float64, device=device)
         for i, micro in enumerate(draw.batches):
             batch = micro.to(device)
             with self.recorder.record(batch.valid.shape[0], batch.rewards.shape[1]):

@@ -60,8 +60,8 @@ _CLIP = [
         "clip",
         "each parameter is clipped by itself",
         "dprlhf_ray/privacy/clipping.py",
-        "+= factor @ f",
-        "+= ((self.clip_norm / f.norm(dim=1).clamp_min(1e-30)).clamp(max=1.0) * usable) @ f",
+        "+= (factor @ f).double()",
+        "+= (((self.clip_norm / f.norm(dim=1).clamp_min(1e-30)).clamp(max=1.0) * usable) @ f).double()",
         CLIPPED,
     ),
     Fault(
@@ -575,9 +575,9 @@ _COUPLING = [
     Fault(
         "coupling",
         "an engine samples with a constant seed",
-        "dprlhf_ray/actors/engines/transformers.py",
-        "secrets.randbits(63)",
-        "0",
+        "dprlhf_ray/actors/engines/base.py",
+        "self._key_sampler(os.urandom(STATE_BYTES))",
+        "self._key_sampler(bytes(STATE_BYTES - 1) + b'1')",
         ("tests/actors/test_engine_seed.py::test_an_engine_that_starts_again_draws_something_else",),
     ),
 ]

@@ -158,6 +158,8 @@ def test_what_has_no_sound_figure_is_refused() -> None:
         replace(BASE, adjacency="substitute")
     with pytest.raises(ConfigError, match="unit"):
         replace(BASE, unit="token")
+    with pytest.raises(ConfigError, match="clip_norm"):  # in float32 the norm of such a vector is 0, and nothing clips
+        replace(BASE, clip_norm=1e-20)
 
 
 def test_delta_of_one_record_is_refused_without_an_override() -> None:

@@ -228,3 +228,13 @@ def test_a_write_ahead_log_cut_at_any_frame_is_refused(tmp_path: Path) -> None:
         else:
             assert view.schedules["rl"].spent == 3
     assert caught >= len(cuts) - 1
+
+
+def test_an_anchored_ledger_is_not_written_without_its_anchor(place: Place) -> None:
+    """Otherwise an older copy is accepted by an anchor that did not see what was charged meanwhile."""
+    charged(place, 1).close()
+    with pytest.raises(LedgerDamaged, match="set ledger_anchor"):
+        place.open()
+    with pytest.raises(LedgerDamaged, match="set ledger_anchor"):
+        place.read(writing=True)
+    assert place.read().anchored

@@ -14,6 +14,7 @@ from dprlhf_ray.actors.accountant import AccountantActor
 from dprlhf_ray.errors import BudgetExhausted, ConfigError, LedgerDamaged
 from dprlhf_ray.privacy import accounting, budget, chain, filter
 from dprlhf_ray.privacy.chain import Budget, Entry, Schedule
+from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.ledger_key import read_key
 from dprlhf_ray.privacy.mechanism import DPStep
 from tests.privacy.ledger_place import SMALL, Place
@@ -233,10 +234,21 @@ def test_an_adaptive_permit_carries_the_step_that_was_charged(tmp_path: Path) ->
     """A permit for the plan's noise under a charge for more noise would release more than was paid for."""
     accountant = AccountantActor(str(tmp_path / "ledger.db"))
     accountant.declare("reviews", "rl", PLAN, 8.0, 1e-5, adaptive=True)
-    noisier = replace(PLAN, noise_multiplier=6.0, clip_norm=0.25)
+    with pytest.raises(ConfigError, match="may change"):  # the learner clips to the declared norm
+        accountant.reserve("rl", "learner-1", replace(PLAN, noise_multiplier=6.0, clip_norm=0.25))
+    noisier = replace(PLAN, noise_multiplier=6.0)
     reserved = accountant.reserve("rl", "learner-1", noisier)
     permit = accountant.redeem(reserved.token, "learner-1", "m1")
-    assert permit.spend_update() == 6.0 * 0.25
+    assert permit.spend_update() == 6.0 * PLAN.clip_norm
     first = reserved.epsilon_spent
     second = accountant.reserve("rl", "learner-1").epsilon_spent
     assert first is not None and second is not None and 0 < first < second <= 8.0
+
+
+def test_a_budget_at_a_delta_that_allows_anything_is_refused(tmp_path: Path) -> None:
+    """At delta 0.5 every stage would cost nothing."""
+    ledger = Ledger.open(tmp_path / "ledger.db")
+    ledger.set_budget("reviews", 1.0, 0.5)
+    with pytest.raises(ConfigError, match="1/N"):
+        ledger.declare("reviews", "rl", PLAN, 8.0, 1e-5)
+    ledger.close()

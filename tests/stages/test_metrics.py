@@ -35,7 +35,7 @@ def test_kl_is_released_where_the_loss_has_a_reference_and_the_bound_follows(kl_
     assert metrics.names == (names or ("reward", "length", "clip_fraction", "kl"))
     assert metrics.bound == math.sqrt(len(metrics.names))
     batch = _batch((1e9, 1e9))
-    extreme = metrics.total(batch, torch.tensor([True]), torch.full((1, 2, 3), -1e9) if kl_coef else None)
+    extreme = metrics.total(batch, torch.tensor([True]), torch.full(batch.mask.shape, -1e9) if kl_coef else None)
     assert extreme.norm() <= metrics.bound
     assert extreme[0] == 1 and extreme[2] == 1 and (not kl_coef or extreme[3] == -1)
 
@@ -43,7 +43,8 @@ def test_kl_is_released_where_the_loss_has_a_reference_and_the_bound_follows(kl_
 def test_each_entry_is_the_unit_s_own_mean() -> None:
     """False: a metric is scaled wrongly, averaged over padding, or over the batch."""
     metrics, batch = _metrics(0.1), _batch((1.0, 3.0), (-4.0, 0.0))
-    ratio = torch.tensor([[[0.1, 0.2, 0.3], [0.1, 9.0, 9.0]], [[0.0, 0.0, 0.0], [0.2, 9.0, 9.0]]])  # 9: padding
+    ratio = torch.full(batch.mask.shape, 9.0)  # 9: padding
+    ratio[..., :3] = torch.tensor([[[0.1, 0.2, 0.3], [0.1, 9.0, 9.0]], [[0.0, 0.0, 0.0], [0.2, 9.0, 9.0]]])
     got = metrics.total(batch, torch.tensor([True, False]), ratio)
     expected = torch.tensor([(2 - 2) / 4, 2 * 2 / 24, 1.0, ((0.2 + 0.1) / 2 + (0.0 + 0.2) / 2) / KL_BOUND])
     assert torch.allclose(got, expected, atol=1e-6)
@@ -53,12 +54,12 @@ def test_each_entry_is_the_unit_s_own_mean() -> None:
 def test_a_null_or_poisoned_unit_gives_zero_and_touches_nobody(poison: float) -> None:
     """False: padding counts as a unit, or one unit's NaN makes the whole sum NaN."""
     metrics, batch = _metrics(0.1), _batch((1.0, 1.0), (1.0, 1.0))
-    clipped, ratio = torch.tensor([True, True]), torch.full((2, 2, 3), 0.1)
+    clipped, ratio = torch.tensor([True, True]), torch.full(batch.mask.shape, 0.1)
     whole = metrics.total(batch, clipped, ratio)
     ratio[1, 0, 0] = poison
     assert torch.allclose(metrics.total(batch, clipped, ratio), whole / 2)
     empty = batching.empty(2, 0)
-    assert metrics.total(empty, torch.tensor([True]), torch.ones(1, 2, 1)).norm() == 0
+    assert metrics.total(empty, torch.tensor([True]), torch.ones(empty.mask.shape)).norm() == 0
 
 
 def test_released_means_carry_their_scale_and_their_noise() -> None:

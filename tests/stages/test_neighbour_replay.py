@@ -140,3 +140,23 @@ def test_a_second_step_with_equal_weights_remembers_nothing(tiny_model: Path) ->
     _sum(objective, units[:3])
     again, _ = _sum(objective, units[3:])
     assert torch.equal(fresh, again)
+
+
+def test_a_unit_is_padded_to_a_width_that_depends_on_its_own_length_alone() -> None:
+    """False: a longer neighbour changes the shape, and so the rounding, in which a unit's gradient is computed."""
+    units = [
+        Experience(Prompt(i, (5,) * p, ""), (Completion((7,) * c, "", False, 0),), (1.0,))
+        for i, (p, c) in enumerate([(3, 4), (3, 5), (9, 2), (40, 30), (5, 16), (2, 1)])
+    ]
+
+    def shapes(these: list[Experience]) -> dict[int, tuple[int, int]]:
+        found = {}
+        for batch in batching.plan(these, 1, 10_000, 64, 0):
+            for row, length in enumerate(batch.prompt_lengths.tolist()):
+                found[length * 100 + int(batch.mask[row].sum())] = (batch.tokens.shape[1], batch.responses.shape[1])
+        return found
+
+    together = shapes(units)
+    assert len(together) == 6
+    for unit in units:
+        assert shapes([unit]).items() <= together.items()

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
 from dprlhf_ray.records import Completion
+
+STATE_BYTES = 624 * 4  # of the Mersenne twister that torch has on CPUs
+_STATE = slice(24, 24 + 624 * 8)  # where they lie in a generator's state, one 32-bit word in 64
+
+
+def key_generator(generator: torch.Generator, randomness: bytes) -> None:
+    """Start a generator from `STATE_BYTES` random bytes: the whole state on a CPU, 63 bits of seed on a GPU (Philox).
+
+    `manual_seed` keeps 32 bits on CPUs: few enough to try them all against a published completion.
+    """
+    if generator.device.type != "cpu":
+        generator.manual_seed(int.from_bytes(randomness[:8], "little") >> 1)
+        return
+    state = generator.manual_seed(0).get_state()
+    words = np.frombuffer(randomness, dtype=np.uint32).astype(np.uint64)
+    state[_STATE] = torch.from_numpy(words.view(np.uint8))
+    generator.set_state(state)
 
 
 class Engine(ABC):
     """One copy of the policy.
 
     Formal guarantees: none of its own; it sees released weight versions only and its completions stay private. Samples
-    are drawn with randomness keyed by the operating system when the engine starts, never by the config, so that no two
-    engines and no two starts repeat their draws.
+    are drawn with randomness keyed by the operating system afresh at each `generate`, never by the config: no two draws
+    repeat, and completions on public prompts, which are published, tell nothing about the private ones.
 
     | prompt                                                  | completions                                    |
     | ------------------------------------------------------- | ---------------------------------------------- |
@@ -57,6 +76,7 @@ class Engine(ABC):
         if self.version is None:
             raise RuntimeError("no weight version was loaded into this engine: call load() first")
         usable = [i for i, p in enumerate(prompts) if self._fits(p)]
+        self._key_sampler(os.urandom(STATE_BYTES))
         drawn = self._sample([tuple(prompts[i]) for i in usable for _ in range(completions_per_prompt)])
         texts = self.tokenizer.batch_decode(
             [[t for t in ids if t not in self.eos_token_ids] for ids in drawn], skip_special_tokens=True
@@ -89,6 +109,10 @@ class Engine(ABC):
 
         For fixed public sequences, shorter than `max_model_len`.
         """
+
+    @abstractmethod
+    def _key_sampler(self, randomness: bytes) -> None:
+        """Start the generators that `_sample` draws from, as `key_generator` does."""
 
     @abstractmethod
     def _sample(self, prompts: list[tuple[int, ...]]) -> list[list[int]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from dprlhf_ray.actors.engines.base import Engine
+from dprlhf_ray.actors.engines.base import Engine, key_generator
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
 
 
@@ -22,7 +21,7 @@ class TransformersEngine(Engine):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
         self._model = model.to(self._device).eval()
-        self._generator = torch.Generator(self._device).manual_seed(secrets.randbits(63))
+        self._generator = torch.Generator(self._device)
         if rollout.threads:
             torch.set_num_threads(rollout.threads)
 
@@ -34,6 +33,9 @@ class TransformersEngine(Engine):
             log_probs = self._model(tokens).logits[0, :-1].float().log_softmax(-1)
             result.append(log_probs.gather(1, tokens[0, 1:, None])[:, 0].tolist())
         return result
+
+    def _key_sampler(self, randomness: bytes) -> None:
+        key_generator(self._generator, randomness)
 
     def _sample(self, prompts: list[tuple[int, ...]]) -> list[list[int]]:
         size = self.rollout.max_num_seqs

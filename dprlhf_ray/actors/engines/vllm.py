@@ -8,13 +8,12 @@ learner's log-probabilities by the fleet.
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from dprlhf_ray.actors.engines.base import Engine
+from dprlhf_ray.actors.engines.base import Engine, key_generator
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
 
 _EXTENSION = f"{__name__}.WorkerExtension"
@@ -49,9 +48,11 @@ class WorkerExtension:
         with torch.no_grad():
             return len(self.model_runner.model.load_weights(iter(weights.items())) or ())
 
-    def seed_sampler(self, seed: int) -> None:
-        """Key the generator that sampling draws from."""
-        torch.manual_seed(seed)
+    def key_sampler(self, randomness: bytes) -> None:
+        """Key the generators that sampling draws from; equal on all ranks of an engine."""
+        key_generator(torch.default_generator, randomness)
+        if torch.cuda.is_available():
+            key_generator(torch.cuda.default_generators[torch.cuda.current_device()], randomness)
 
 
 class VllmEngine(Engine):
@@ -84,8 +85,6 @@ class VllmEngine(Engine):
             use_tqdm_on_load=False,
             **settings,
         )
-        # vLLM seeds its sampler with the constant 0.
-        self._llm.collective_rpc("seed_sampler", args=(secrets.randbits(63),))
         self._sampling = SamplingParams(
             temperature=generation.temperature,
             top_p=1.0,
@@ -96,6 +95,9 @@ class VllmEngine(Engine):
             detokenize=False,
         )
         self._scoring = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+
+    def _key_sampler(self, randomness: bytes) -> None:
+        self._llm.collective_rpc("key_sampler", args=(randomness,))  # vLLM itself seeds with the constant 0
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         outputs: list[Any] = self._llm.generate(_as_tokens(sequences), self._scoring, use_tqdm=False)
