@@ -184,7 +184,7 @@ def test_a_lost_ledger_refuses_to_go_on(
     for file in root.glob("ledger*"):
         file.unlink()
     code, _, err = start(root, "--resume").end()
-    assert code == 4 and [line[:8] for line in err.splitlines()] == ["dprlhf: "] and "checkpoints" in err
+    assert code == 4 and [line[:8] for line in err.splitlines()] == ["dprlhf: "] and "restore" in err
     assert not list(root.glob("ledger*"))
 
 
