@@ -231,9 +231,9 @@ def _baseline(stage: RLStage, released: float | None, before: Evaluation) -> flo
 def _evaluate(stage: RLStage, roles: Roles, public: list[Prompt]) -> Evaluation:
     single = stage.model_copy(update={"algorithm": stage.algorithm.model_copy(update={"completions_per_prompt": 1})})
     done = rollout(public, single, roles)
-    return Evaluation(
-        tuple(0.0 if (r := e.rewards[0]) is None else r.reveal() for e in done),
-        tuple(e.completions[0].text for e in done),
+    return Evaluation(  # a prompt that the engine cannot take has neither
+        tuple(0.0 if r is None else r.reveal() for e in done for r in (*e.rewards, None)[:1]),
+        tuple(text for e in done for text in (*(c.text for c in e.completions), "")[:1]),
     )
 
 

@@ -97,12 +97,17 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _to_core(layer: Any, rank: int) -> None:
-    weight = layer.base_layer.weight.detach()
+    weight = _out_in(layer, layer.base_layer.weight.detach())
     left, _, right = torch.svd_lowrank(weight.float(), q=min(2 * rank + 4, *weight.shape), niter=6)
     a = nn.Linear(weight.shape[1], rank, bias=False, dtype=weight.dtype)
     a.weight = nn.Parameter(right[:, :rank].T.contiguous().to(weight.dtype), requires_grad=False)
     layer.lora_A[ADAPTER] = a
     layer.lora_B[ADAPTER] = CoreB(left[:, :rank].contiguous().to(weight.dtype), rank)
+
+
+def _out_in(layer: Any, weight: Tensor) -> Tensor:
+    """A weight as (out, in): GPT-2's Conv1D keeps it transposed. Its own inverse."""
+    return weight.T if layer.fan_in_fan_out else weight
 
 
 def point_at_mean_input(model: nn.Module, sequences: Sequence[Sequence[int]]) -> None:
@@ -157,9 +162,9 @@ def lora_factors(layer: Any) -> tuple[Tensor, Tensor, float]:
 
 
 def merged(layer: Any) -> Tensor:
-    """W + s B A in float32."""
+    """W + s B A in float32, laid out as the base keeps W."""
     a, b, s = lora_factors(layer)
-    return layer.base_layer.weight.detach().float() + s * (b @ a)
+    return layer.base_layer.weight.detach().float() + _out_in(layer, s * (b @ a))
 
 
 def round_to(weight: Tensor, dtype: torch.dtype) -> Tensor:

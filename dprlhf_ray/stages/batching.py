@@ -90,9 +90,9 @@ def _widths(e: Experience) -> tuple[int, int]:
 
 
 def _padded(length: int) -> int:
-    """Up to a multiple of 8, of 16 above 64, of 32 above 128, and so on: few widths, and little padding."""
-    grain = max(8, 1 << max(0, (length - 1).bit_length() - 3))
-    return max(8, -(-length // grain) * grain)
+    """Up to a multiple of 2 above 16, of 4 above 32, of 8 above 64, and so on: few widths, and little padding."""
+    grain = 1 << max(0, (length - 1).bit_length() - 4)
+    return -(-length // grain) * grain
 
 
 def _longest(e: Experience) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from dprlhf_ray.config import AdapterConfig, ModelConfig
 from dprlhf_ray.data.preflight import model_facts
@@ -16,10 +16,20 @@ from dprlhf_ray.models.policy import load_policy, sync_weights
 from dprlhf_ray.privacy.planning import trainable_numbers
 
 KINDS = ["lora", "ffa_lora", "lora_xs", "steering", "full"]
+TARGETS = {"Llama": ["q_proj", "v_proj"], "GPT-2": ["c_attn", "mlp.c_proj"]}
 
 
-def _policy(model: Path, kind: str, **adapter: object):  # type: ignore[no-untyped-def]
-    tree = {"kind": kind, "rank": 2, "target_modules": ["q_proj", "v_proj"], **adapter}
+@pytest.fixture(scope="module")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 with random weights: its Conv1D layers keep W as (in, out)."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("gpt2")
+    GPT2LMHeadModel(GPT2Config(vocab_size=200, n_positions=16, n_embd=12, n_layer=2, n_head=2)).save_pretrained(folder)
+    return folder
+
+
+def _policy(model: Path, kind: str, targets: list[str] = TARGETS["Llama"]):  # type: ignore[no-untyped-def]
+    tree = {"kind": kind, "rank": 2, "target_modules": targets}
     return load_policy(model, ModelConfig(dtype="float32", adapter=AdapterConfig.model_validate(tree)), seed=0)
 
 
@@ -31,12 +41,14 @@ def _move(policy: torch.nn.Module) -> None:
                 p.add_(0.1 * torch.randn_like(p))
 
 
+@pytest.mark.parametrize("family", list(TARGETS))
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_weights_are_the_policy(kind: str, tiny_model: Path) -> None:
+def test_merged_weights_are_the_policy(kind: str, family: str, tiny_model: Path, tiny_gpt2: Path) -> None:
     """False: engines would run another policy than the learner's."""
-    policy = _policy(tiny_model, kind)
+    path = tiny_model if family == "Llama" else tiny_gpt2
+    policy = _policy(path, kind, TARGETS[family])
     _move(policy)
-    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     before = {n: p.clone() for n, p in plain.state_dict().items()}
     weights = sync_weights(policy, torch.float32)
     assert not plain.load_state_dict(weights, strict=False).unexpected_keys
@@ -85,4 +97,4 @@ def test_random_rounding_is_unbiased_and_exact_on_the_grid() -> None:
 def test_a_target_that_matches_nothing_is_one_line(tiny_model: Path) -> None:
     """False: a typo in target_modules trains nothing while epsilon counts."""
     with pytest.raises(ConfigError, match="target_modules"):
-        _policy(tiny_model, "lora", target_modules=["no_such_layer"])
+        _policy(tiny_model, "lora", ["no_such_layer"])
