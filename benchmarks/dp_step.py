@@ -26,7 +26,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 
 from benchmarks.workload import LORA_ALPHA, LORA_RANK, LORA_TARGETS, NEW_TOKENS, PROMPT_TOKENS
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.models.embedded import embedded_model_path
 from dprlhf_ray.models.policy import load_policy
 from dprlhf_ray.privacy.mechanism import DPStep
@@ -42,7 +42,7 @@ RECORDS = 128
 
 def build(side: str, adapter: str) -> Callable[[], None]:
     """One step of a side, as a function."""
-    config = cfg.parse(
+    config = config_file.parse(
         {
             "model": {
                 "adapter": {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.workload import COMPLETIONS, LORA_ALPHA, LORA_RANK, LORA_TARGETS, NEW_TOKENS, openings
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.models.embedded import embedded_model_path
 
 GROUP = 4
@@ -35,7 +35,7 @@ def measure(iterations: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "prompts.jsonl")
         data.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts), encoding="utf-8")
-        config = cfg.parse(
+        config = config_file.parse(
             {
                 "name": "benchmark",
                 "model": {

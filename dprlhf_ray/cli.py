@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dprlhf_ray import __version__, cli_ledger
-from dprlhf_ray import config as cfg
+from dprlhf_ray import __version__, cli_ledger, config_file
+from dprlhf_ray.config import RunConfig
 from dprlhf_ray.errors import ConfigError, DprlhfError, Interrupted, place_of
 from dprlhf_ray.run_dir import check_run_dir
 
@@ -60,7 +60,7 @@ def run(
     Exit codes: 0 done, 1 a failure that no setting explains, 2 bad config or input, 3 budget exhausted, 4 ledger
     damaged or fenced, 130 interrupted.
     """
-    parsed = cfg.load(config, overrides)
+    parsed = config_file.load(config, overrides)
     folder = output or Path("runs") / parsed.name
     from dprlhf_ray.data.preflight import preflight
 
@@ -105,7 +105,7 @@ def plan(
     from dprlhf_ray.privacy import accounting
 
     if config is not None:
-        _print_plan(_plan_config(cfg.load(config, overrides)), as_json)
+        _print_plan(_plan_config(config_file.load(config, overrides)), as_json)
         return
     missing = [
         n
@@ -237,7 +237,7 @@ def _figures(step: Any, delta: float, tries: float | None) -> dict[str, float | 
     )
 
 
-def _plan_config(config: cfg.RunConfig) -> list[dict[str, Any]]:
+def _plan_config(config: RunConfig) -> list[dict[str, Any]]:
     from dprlhf_ray.data.preflight import expected_population, preflight
     from dprlhf_ray.privacy.planning import expectations, plan_stage, trainable_numbers
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _place(where: str, key: str | None, anchor: str | None) -> tuple[str, str | 
     if not written.is_file():
         return str(folder / "ledger.db"), key, anchor
     try:
-        config = cfg.parse(yaml.safe_load(written.read_text(encoding="utf-8")), str(written))
+        config = config_file.parse(yaml.safe_load(written.read_text(encoding="utf-8")), str(written))
     except yaml.YAMLError:
         raise ConfigError(f"{written}: is not valid YAML") from None
     return config.ledger or str(folder / "ledger.db"), key or config.ledger_key, anchor or config.ledger_anchor

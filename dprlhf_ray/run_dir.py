@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.errors import ConfigError
 
@@ -59,7 +59,7 @@ def check_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
             raise ConfigError(
                 f"--output {root}: a run is there already; continue it with --resume or name another folder"
             )
-        known = cfg.parse(yaml.safe_load(here.config.read_text(encoding="utf-8")), str(here.config))
+        known = config_file.parse(yaml.safe_load(here.config.read_text(encoding="utf-8")), str(here.config))
         different = [
             k for k in RunConfig.model_fields if getattr(known, k) != getattr(config, k) and k not in ("ray", "rollout")
         ]
@@ -82,7 +82,7 @@ def open_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
     try:
         here.root.mkdir(parents=True, exist_ok=True)
         write_atomically(here.root / "run_id", secrets.token_hex(8))
-        write_atomically(here.config, cfg.dump(config))
+        write_atomically(here.config, config_file.dump(config))
     except OSError as e:
         raise ConfigError(f"--output {root}: cannot write there ({e.strerror})") from None
     return here

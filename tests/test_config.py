@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dprlhf_ray.config import dump, load, parse
+from dprlhf_ray import config_file
 from dprlhf_ray.data.preflight import Facts, preflight
 from dprlhf_ray.errors import ConfigError
 
@@ -101,32 +101,40 @@ def line_of(refused: Callable[[], Any]) -> str:
             stage(scorer={"kind": "python"}),
             'config: stages.0.scorer: function is required for kind python, e.g. "my_rewards:score"',
         ),
+        (
+            tree(ledger="sqlite:///shared/ledger.db"),
+            "config: ledger: a URL means PostgreSQL (postgresql+psycopg://user@host/name): for SQLite, give a path",
+        ),
+        (
+            tree(ledger="postgresql+psycopg://user@host/name"),
+            "config: ledger_key is required with a database URL: the path of a file only you can read",
+        ),
     ],
 )
 def test_bad_values_are_one_line_that_names_key_fault_and_remedy(bad: dict[str, Any], says: str) -> None:
     if "rollout" not in bad:
         bad = {**bad, "rollout": {"max_model_len": 512}}
-    assert line_of(lambda: parse(bad)) == says
+    assert line_of(lambda: config_file.parse(bad)) == says
 
 
 def test_bad_config_files_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    assert line_of(lambda: load(path)) == f"{path}: no such config file"
+    assert line_of(lambda: config_file.load(path)) == f"{path}: no such config file"
     path.write_text("stages: [\n  name: x: y\n")
-    assert line_of(lambda: load(path)).startswith(f"{path}: line 2 is not valid YAML")
+    assert line_of(lambda: config_file.load(path)).startswith(f"{path}: line 2 is not valid YAML")
     path.write_text("- a\n")
-    assert line_of(lambda: load(path)) == f"{path}: a config is a mapping of keys to values, not list"
+    assert line_of(lambda: config_file.load(path)) == f"{path}: a config is a mapping of keys to values, not list"
     path.write_bytes(b"\xff\xfe\x00a")
-    assert "is not valid YAML" in line_of(lambda: load(path))
+    assert "is not valid YAML" in line_of(lambda: config_file.load(path))
 
 
 def test_overrides_reach_list_items_and_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(dump(parse(good(Path("embedded")))))
-    config = load(path, ["stages.0.privacy.delta=1e-6", "model.adapter.rank=8"])
+    path.write_text(config_file.dump(config_file.parse(good(Path("embedded")))))
+    config = config_file.load(path, ["stages.0.privacy.delta=1e-6", "model.adapter.rank=8"])
     assert (config.stages[0].privacy.delta, config.model.adapter.rank) == (1e-6, 8)
-    assert line_of(lambda: load(path, ["model.adapter.rank"])).endswith("write it as key.subkey=value")
-    assert "should be an index below 1" in line_of(lambda: load(path, ["stages.3.name=x"]))
+    assert line_of(lambda: config_file.load(path, ["model.adapter.rank"])).endswith("write it as key.subkey=value")
+    assert "should be an index below 1" in line_of(lambda: config_file.load(path, ["stages.3.name=x"]))
 
 
 def good(folder: Path, **sections: Any) -> dict[str, Any]:
@@ -141,7 +149,7 @@ def good(folder: Path, **sections: Any) -> dict[str, Any]:
 
 
 def check(folder: Path, output: Path | None = None, available_gib: float = 64.0, **sections: Any) -> Facts:
-    return preflight(parse(good(folder, **sections)), output, available_gib)
+    return preflight(config_file.parse(good(folder, **sections)), output, available_gib)
 
 
 def test_preflight_accepts_a_good_config_and_knows_the_population(tiny_model: Path, tmp_path: Path) -> None:

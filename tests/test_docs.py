@@ -12,8 +12,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from dprlhf_ray import cli
-from dprlhf_ray import config as cfg
+from dprlhf_ray import cli, config_file
 from dprlhf_ray.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,5 +86,5 @@ def test_configs_of_the_readme_are_accepted() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = [yaml.safe_load(b) for b in re.findall(r"^ *```yaml\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)]
     assert len(blocks) == 2
-    cfg.parse(blocks[0])
-    assert cfg.parse(blocks[0] | blocks[1]).learner.use_gpu
+    config_file.parse(blocks[0])
+    assert config_file.parse(blocks[0] | blocks[1]).learner.use_gpu

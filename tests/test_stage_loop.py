@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import ray
 
-from dprlhf_ray import config as cfg
-from dprlhf_ray import pipeline
+from dprlhf_ray import config_file, pipeline
 from dprlhf_ray.actors.accountant import AccountantActor
 from dprlhf_ray.actors.learner_group import LearnersRestarted
+from dprlhf_ray.config import RLStage
 from dprlhf_ray.data.sources import Prompts
 from dprlhf_ray.errors import LedgerDamaged
 from dprlhf_ray.privacy.ledger import Ledger
@@ -133,7 +133,7 @@ def _run(world: World, attempts: int) -> None:
         "evaluation": {"source": str(public), "prompts": 4},
         "stages": [{"data": "notes", "privacy": {"epsilon": 8.0, "expected_batch": 20, "steps": STEP.steps}}],
     }
-    config = cfg.parse(tree)
+    config = config_file.parse(tree)
     prompts = Prompts(tuple(Prompt(i, (i + 10,), f"record {i}") for i in range(STEP.population)), 0)
     plan = StagePlan("rl", "rl", "notes", STEP, None, 8.0, 1e-5)
     roles = pipeline.Roles(Direct(world.accountant), Direct(world), world, world)  # type: ignore[arg-type]
@@ -186,3 +186,21 @@ def test_the_baseline_is_a_released_value_never_that_of_the_draw(world: World) -
     """False: the mean reward of private completions reaches the next step without noise."""
     _run(world, 3)
     assert world.baselines == [PUBLIC, RELEASED, RELEASED]
+
+
+def test_a_prompt_without_completions_is_null_and_shifts_nobody_s_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """False: the next records get its rewards, or the step dies whenever it is drawn, which tells that it is there."""
+    stage = RLStage.model_validate({
+        "privacy": {"epsilon": 1.0}, "algorithm": {"kind": "rloo", "completions_per_prompt": 2},
+    })  # fmt: skip
+    drawn = [Prompt(i, (i + 1,), str(i)) for i in range(4)]
+
+    def generate(prompts: Any, group: int) -> list[list[Completion]]:
+        return [[] if p == (2,) else [Completion((g,), f"{p[0]}.{g}", False, 0) for g in range(group)] for p in prompts]
+
+    score = SimpleNamespace(remote=lambda pairs: [float(text) for _, text in pairs])
+    monkeypatch.setattr(pipeline, "ray", SimpleNamespace(get=lambda x: x))
+    roles: Any = SimpleNamespace(fleet=SimpleNamespace(generate=generate), scorer=SimpleNamespace(score=score))
+    done = pipeline.rollout(drawn, stage, roles)
+    assert [e.is_null for e in done] == [False, True, False, False]
+    assert [[r.reveal() for r in e.rewards if r] for e in done] == [[1.0, 1.1], [], [3.0, 3.1], [4.0, 4.1]]

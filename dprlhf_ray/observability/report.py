@@ -14,7 +14,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.config import RLStage, RunConfig
 from dprlhf_ray.evaluation.public import compare
 from dprlhf_ray.observability import plots
@@ -39,7 +39,7 @@ def write_report(run_dir: Path) -> Path:
         FileNotFoundError: there is no config.yaml.
     """
     here = RunDir(Path(run_dir))
-    config = cfg.parse(yaml.safe_load(here.config.read_text(encoding="utf-8")), str(here.config))
+    config = config_file.parse(yaml.safe_load(here.config.read_text(encoding="utf-8")), str(here.config))
     path = here.root / "certificate.json"
     certificate = read_json(path) if path.exists() else None
     rows = read_metrics(here.root)
@@ -52,7 +52,7 @@ def write_report(run_dir: Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html.j2").render(
-        name=config.name, config=config, certificate=certificate, stages=stages, config_yaml=cfg.dump(config)
+        name=config.name, config=config, certificate=certificate, stages=stages, config_yaml=config_file.dump(config)
     )
     target = here.root / "report.html"
     write_atomically(target, page)

@@ -24,7 +24,7 @@ def main() -> None:
     import torch.distributed as dist
     from safetensors.torch import save_file
 
-    from dprlhf_ray import config as cfg
+    from dprlhf_ray import config_file
     from dprlhf_ray.actors.learner import Learner, LearnerSpec
     from dprlhf_ray.privacy.mechanism import DPStep
     from dprlhf_ray.privacy.permit import Permit
@@ -33,8 +33,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    config = cfg.parse(case["config"])
-    spec = LearnerSpec(config, 0, DPStep(**case["step"]), case["run_dir"], ((5, 6, 7, 8),))
+    config = config_file.parse(case["config"])
+    spec = LearnerSpec(config, 0, DPStep(**case["step"]), case["out"], ((5, 6, 7, 8),))
     learner = Learner(spec)
     if case.get("restore"):
         learner.restore()

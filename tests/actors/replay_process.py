@@ -1,8 +1,8 @@
 """One rank that replays many cases on real learners, without Ray: `python replay_process.py PLAN.json RANK`.
 
-The plan names settings (a run config each) and cases (draws, clip norm, noise multiplier). Every draw starts from the
-same weights, whatever the draw before has made of them; metric noise is zero. Rank r writes what the trainable
-weights became after each draw, and rank 0 what was released.
+The plan names settings (config and step) and cases (draws, clip norm, baseline). Every draw starts from the same
+weights, whatever the draw before has made of them; metric noise is zero. Rank r writes what the trainable weights
+became after each draw, and rank 0 what was released.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-def replay(setting: dict[str, Any], rank: int, world: int, run_dir: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(weights by "case/draw", released metrics by "case/draw") of one setting's cases."""
+def replay(
+    setting: dict[str, Any], cases: list[dict[str, Any]], rank: int, world: int, run_dir: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(weights by "case/draw", released metrics by "case/draw") of the cases under one setting."""
     import torch
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    from dprlhf_ray import config as cfg
+    from dprlhf_ray import config_file
     from dprlhf_ray.actors.learner import Learner, LearnerSpec
     from dprlhf_ray.privacy.mechanism import DPStep
     from dprlhf_ray.privacy.permit import Permit
     from dprlhf_ray.records import Completion, Experience, Prompt
     from dprlhf_ray.stages.batching import deal
 
-    config = cfg.parse(setting["config"])
+    config = config_file.parse(setting["config"])
     step = DPStep(**setting["step"])
     learner = Learner(LearnerSpec(config, 0, step, run_dir, ((5, 6, 7, 8),)))
     parameters, zero = learner.recorder.parameters, config.learner.zero_stage
@@ -64,7 +66,7 @@ def replay(setting: dict[str, Any], rank: int, world: int, run_dir: str) -> tupl
     after: dict[str, Any] = {"start": start}
     released: dict[str, Any] = {}
     stage = learner.stage
-    for case in setting["cases"]:
+    for case in cases:
         clip = {"clip_norm": case.get("clip_norm", stage.privacy.clip_norm)}
         learner.objective.stage = stage.model_copy(update={"privacy": stage.privacy.model_copy(update=clip)})
         for n, draw in enumerate(case["draws"]):
@@ -94,11 +96,11 @@ def main() -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    for setting in plan["settings"]:
-        after, released = replay(setting, rank, world, plan["out"])
-        save_file(after, out / f"{setting['name']}.rank{rank}.safetensors")
+    for name, setting in plan["settings"].items():
+        after, released = replay(setting, plan["cases"], rank, world, plan["out"])
+        save_file(after, out / f"{name}.rank{rank}.safetensors")
         if rank == 0:
-            (out / f"{setting['name']}.json").write_text(json.dumps(released))
+            (out / f"{name}.json").write_text(json.dumps(released))
         dist.barrier()
     dist.destroy_process_group()
 

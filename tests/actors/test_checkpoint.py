@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from tests.actors.test_learner import _units, learn
+from tests.actors.setting import setting, units
+from tests.actors.test_learner import learn
 
 GENERATOR_BYTES = torch.get_rng_state().numel()  # of torch's CPU generator; that of CUDA has 16
 
@@ -27,7 +28,7 @@ def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def test_a_checkpoint_holds_released_values_only(tiny_model: Path, tmp_path: Path) -> None:
     """False: the state of a random-number generator is stored, and what was drawn from it can be drawn again; or raw
     gradients lie beside the optimizer's state."""
-    learn(tmp_path, tiny_model, 1, 0, draws=[_units(3, 1)], save=True, optimizer="adamw")
+    learn(tmp_path, setting(tiny_model, 1, 0, optimizer="adamw"), [units(3, 1)], save=True)
     files = [p for p in (tmp_path / "checkpoints").rglob("*.pt")]
     assert files, "no checkpoint was written: nothing was looked at"
     found = [leaf for p in files for leaf in _leaves(torch.load(p, weights_only=False, map_location="cpu"), p.name)]

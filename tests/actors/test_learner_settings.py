@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dprlhf_ray.privacy.secure_noise import grid, sensitivity
-from tests.actors.test_learner import BATCH, CLIP, _trained, _units, learn
-
-
-def _step(**changed: Any) -> dict[str, Any]:
-    return {
-        "unit": "record", "adjacency": "zero_out", "population": 100, "sampling_rate": BATCH / 100, "steps": 9,
-        "noise_multiplier": 0.0, "clip_norm": CLIP, "updates_per_draw": 1, "metric_noise_multiplier": 5.0,
-    } | changed  # fmt: skip
+from tests.actors.setting import BATCH, CLIP, setting, units
+from tests.actors.test_learner import _trained, learn
 
 
 @pytest.mark.slow
@@ -26,13 +19,13 @@ def _step(**changed: Any) -> dict[str, Any]:
 def test_the_noise_corrected_optimizer_is_the_same_on_two_ranks(zero: int, tiny_model: Path, tmp_path: Path) -> None:
     """False: sharding changes the correction, or it is not applied at all. The permit's noise is off, so that both runs
     get the same gradients; the optimizer corrects for the sigma of the schedule."""
-    case: dict[str, Any] = {
-        "draws": [_units(7, seed) for seed in (1, 2, 3)], "optimizer": "adamw", "permit_sigma": 0.0,
-        "step": _step(noise_multiplier=0.2), "corrected": True,
-    }  # fmt: skip
-    one = _trained(learn(tmp_path / "one", tiny_model, 1, 0, **case))
-    two = _trained(learn(tmp_path / "two", tiny_model, 2, zero, **case))
-    plain = _trained(learn(tmp_path / "plain", tiny_model, 1, 0, **(case | {"corrected": False})))
+
+    def trained(world: int, zero: int, corrected: bool) -> torch.Tensor:
+        learner = setting(tiny_model, world, zero, optimizer="adamw", corrected=corrected, noise_multiplier=0.2)
+        draws = [units(7, seed) for seed in (1, 2, 3)]
+        return _trained(learn(tmp_path / f"{world}-{corrected}", learner, draws, permit_sigma=0.0))
+
+    one, two, plain = trained(1, 0, True), trained(2, zero, True), trained(1, 0, False)
     assert (one - plain).abs().max() > 1e-3, "the correction changed nothing: this test would pass without it"
     assert (two - one).abs().max() < 2e-5
 
@@ -43,8 +36,7 @@ def test_secure_noise_reaches_the_published_weights_once(zero: int, tiny_model: 
 
     An empty draw under plain SGD of rate 1 from B = 0: what B becomes is the released sum over L, on the grid over L.
     """
-    step = _step(noise_multiplier=2.0, noise="secure")
-    noisy = learn(tmp_path, tiny_model, 2, zero, sigma=2.0, draws=[[]], rank=32, step=step)
+    noisy = learn(tmp_path, setting(tiny_model, 2, zero, rank=32, noise_multiplier=2.0, noise="secure"), [[]])
     size = _trained(noisy).numel()
     b = torch.cat([v.flatten() for k, v in noisy.items() if k.startswith("trained/") and "lora_B" in k]).double()
     cells = -b * BATCH / grid(CLIP, size)
@@ -56,14 +48,13 @@ def test_secure_noise_reaches_the_published_weights_once(zero: int, tiny_model: 
 
 def test_a_stage_without_metrics_releases_none(tiny_model: Path, tmp_path: Path) -> None:
     """False: the learner asks the permit for a metric release that was not charged, and dies or releases one."""
-    learn(tmp_path, tiny_model, 1, 0, draws=[_units(5, 1)], step=_step(metric_noise_multiplier=None))
+    learn(tmp_path, setting(tiny_model, 1, 0, metric_noise_multiplier=None), [units(5, 1)])
     assert json.loads((tmp_path / "rank0.json").read_text())["released"] == [[]]
 
 
 def test_kl_is_released_with_the_other_metrics(tiny_model: Path, tmp_path: Path) -> None:
     """False: KL is measured against a moving reference (at the start it is 0), or charged and not released."""
-    draws = [_units(8, 1), _units(8, 2)]
-    learn(tmp_path, tiny_model, 1, 0, draws=draws, step=_step(metric_noise_multiplier=1e-6))
+    learn(tmp_path, setting(tiny_model, 1, 0, metric_noise_multiplier=1e-6), [units(8, 1), units(8, 2)])
     first, second = json.loads((tmp_path / "rank0.json").read_text())["released"]
     assert [m["name"] for m in first] == [f"private/{n}" for n in ("reward", "length", "clip_fraction", "kl")]
     assert abs(first[3]["value"]) < 2e-6 < 1e-5 < abs(second[3]["value"])  # noise: 1.25e-7

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dprlhf_ray.config import AlgorithmConfig
-from tests.actors.replay import Found, launch, setting, units
+from tests.actors.replay import Found, replay
+from tests.actors.setting import setting, units
 
 ALGORITHMS = list(get_args(AlgorithmConfig.model_fields["kind"].annotation))
 COUNT, LONGEST = 5, 2
@@ -73,9 +74,9 @@ def _deviation(found: Found) -> float:
 
 
 def _check(out: Path, model: Path, world: int, stages: list[int], record: Any) -> None:
-    names = {(a, z): setting(model, world, z, a, _cases()) for a in ALGORITHMS for z in stages}
-    found = launch(out, world, list(names.values()))
-    table = {f"{a}, {world} ranks, ZeRO {z}": _deviation(found[s["name"]]) for (a, z), s in names.items()}
+    settings = {f"{a}-zero{z}": setting(model, world, z, rank=2, algorithm=a) for a in ALGORITHMS for z in stages}
+    found = replay(out, world, settings, _cases())
+    table = {f"{name}, {world} ranks": _deviation(f) for name, f in found.items()}
     for row, value in table.items():
         record(row, f"{value:.2e}")
         print(f"{row}: {value:.2e}")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.actors.replay import BATCH, CLIP, launch, setting
+from tests.actors.replay import replay
+from tests.actors.setting import BATCH, CLIP, setting
 
 SIGMA, STEPS = 2.0, 3
 LIMIT = 7.0  # z-values; 15 million of them are looked at: a false alarm in 20,000 runs
@@ -41,12 +42,13 @@ def published(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     Two ranks; the second run is a restart with the same config. Draws are empty: a step is noise only.
     """
     cases = [{"name": "noise", "draws": [[]] * STEPS}]
-    stages = {z: setting(tiny_model, 2, z, "reinforce", cases, SIGMA, rank=32) for z in range(4)}
+    settings = {
+        f"zero{z}": setting(tiny_model, 2, z, rank=32, algorithm="reinforce", noise_multiplier=SIGMA) for z in range(4)
+    }
     noises = {}
     for run in range(2):
-        found = launch(tmp_path_factory.mktemp("noise"), 2, list(stages.values()))
-        for zero, s in stages.items():
-            f = found[s["name"]]
+        found = replay(tmp_path_factory.mktemp("noise"), 2, settings, cases)
+        for zero, f in enumerate(found.values()):
             noises[run, zero] = [f.sum("noise", step) / (SIGMA * CLIP) for step in range(STEPS)]
             assert all(torch.equal(other[k], v) for other in f.others for k, v in f.weights.items()), "ranks differ"
     return noises

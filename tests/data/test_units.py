@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.config import DataConfig, RunConfig
 from dprlhf_ray.data.columns import read_unit_ids
 from dprlhf_ray.data.preflight import preflight
@@ -34,7 +34,7 @@ def source(folder: Path, ids: list[Any], name: str = "notes.jsonl") -> Path:
 
 def config(data: dict[str, Any], *stages: dict[str, Any], **more: Any) -> RunConfig:
     privacy = {"epsilon": 4.0, "delta": 1e-4, "expected_batch": 10}
-    return cfg.parse(
+    return config_file.parse(
         {"data": data, "stages": [{"name": f"s{i}", "privacy": privacy, **s} for i, s in enumerate(stages)], **more}
     )
 

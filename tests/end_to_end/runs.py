@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import yaml
 from pyarrow import feather
 
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.privacy.chain import Entry
 from dprlhf_ray.privacy.ledger import Ledger
@@ -70,7 +70,7 @@ class World:
         return tree
 
     def config(self, steps: int = 3, **changes: Any) -> RunConfig:
-        return cfg.parse(self.tree(steps, **changes))
+        return config_file.parse(self.tree(steps, **changes))
 
     def private_ids(self, tokenizer: Any) -> dict[tuple[int, ...], str]:
         """Token ids of every private prompt -> its text."""

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dprlhf_ray import config as cfg
-from dprlhf_ray import pipeline
+from dprlhf_ray import config_file, pipeline
 from tests.end_to_end.runs import World, attempts, final_version
 
 
@@ -31,7 +30,7 @@ def test_a_run_with_every_algorithm_and_adapter(
     stage = tree["stages"][0]
     stage["algorithm"] = {"kind": algorithm, "completions_per_prompt": 2, "kl_coef": 0.05}
     stage["privacy"]["updates_per_draw"] = updates
-    pipeline.run(cfg.parse(tree), tmp_path / "out")
+    pipeline.run(config_file.parse(tree), tmp_path / "out")
     assert attempts(tmp_path / "out") == [1, 2] and final_version(tmp_path / "out") == 2
     (found,) = json.loads((tmp_path / "out" / "certificate.json").read_text())["stages"]
     assert found["mechanism"]["updates_per_draw"] == updates and found["epsilon"]["pld"] <= 6.0

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dprlhf_ray import config as cfg
-from dprlhf_ray import pipeline
+from dprlhf_ray import config_file, pipeline
 from dprlhf_ray.actors.fleet import Fleet
 from dprlhf_ray.pipeline import Roles
 from dprlhf_ray.privacy.ledger import Ledger
@@ -73,7 +72,7 @@ def _watch(crowd: World, root: Path, patch: pytest.MonkeyPatch, folder: Path, ki
                 process.kill()
 
     patch.setattr(Fleet, "sync", sync)
-    pipeline.run(cfg.parse(_tree(crowd)), root, on_step=look)
+    pipeline.run(config_file.parse(_tree(crowd)), root, on_step=look)
     return seen
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.models.card import model_card, write_cards
 from dprlhf_ray.privacy.certificate import DatasetCost, certificate
@@ -17,7 +17,7 @@ from dprlhf_ray.privacy.planning import plan_stage
 
 
 def run(privacy: dict[str, Any], model: str = "embedded") -> tuple[RunConfig, dict[str, Any]]:
-    config = cfg.parse(
+    config = config_file.parse(
         {"model": {"name": model}, "stages": [{"privacy": privacy | {"expected_batch": 50, "steps": 3}}]}
     )
     plan = plan_stage(config.stages[0], 1000)

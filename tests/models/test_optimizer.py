@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.config import OptimizerConfig
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.models.optimizer import NoiseCorrectedAdamW, build_optimizer
@@ -75,4 +75,4 @@ def test_the_correction_is_for_adamw_only() -> None:
     """False: noise_corrected is silently without effect for sgd."""
     stage = {"privacy": {"mode": "clip_only"}, "optimizer": {"kind": "sgd", "noise_corrected": True}}
     with pytest.raises(ConfigError, match="noise_corrected"):
-        cfg.parse({"stages": [stage]})
+        config_file.parse({"stages": [stage]})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.evaluation.public import compare
 from dprlhf_ray.observability.metrics import MetricsLog
@@ -26,14 +26,14 @@ BEFORE, AFTER = [0.0, 0.1, 0.2], [0.2, 0.4, 0.3]
 def _run(folder: Path, clip_only: bool = False, ended: bool = True, evaluated: bool = True) -> str:
     """A run directory with released files of one stage of three steps; returns the report."""
     privacy = {"mode": "clip_only"} if clip_only else {"epsilon": 6.0}
-    config = cfg.parse(
+    config = config_file.parse(
         {
             "name": "my run".replace(" ", "-"),
             "stages": [{"privacy": privacy | {"steps": 3, "expected_batch": 50}}],
             "evaluation": {"samples": 2},
         }  # fmt: skip
     )
-    (folder / "config.yaml").write_text(cfg.dump(config))
+    (folder / "config.yaml").write_text(config_file.dump(config))
     _metrics(folder, config, clip_only)
     tree: dict[str, object] = {"before": {"rewards": BEFORE, "texts": [HOSTILE, "b", "hidden"]}}
     if evaluated:
@@ -99,8 +99,8 @@ def test_a_run_in_progress_has_a_report_that_certifies_nothing(tmp_path: Path, c
 
 
 def test_a_run_that_has_released_nothing_yet_has_a_report(tmp_path: Path) -> None:
-    config = cfg.parse({"stages": [{"privacy": {"epsilon": 6.0}}]})
-    (tmp_path / "config.yaml").write_text(cfg.dump(config))
+    config = config_file.parse({"stages": [{"privacy": {"epsilon": 6.0}}]})
+    (tmp_path / "config.yaml").write_text(config_file.dump(config))
     assert "Not certified yet" in write_report(tmp_path).read_text(encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dprlhf_ray import cli
+from tests.privacy.test_accounting import GOLDENS
 
 CLOSE = 1e-3  # relative
 
@@ -18,17 +19,7 @@ def figures(command: str) -> dict[str, float]:
     return json.loads(done.stdout) if command.startswith("epsilon") else json.loads(done.stdout)[0]
 
 
-# sampling_rate, sigma, steps, delta, PLD, RDP, PLD under replace_one
-POISSON = [
-    (0.04, 1.5, 2250, 1e-5, 6.768787, 7.329335, 13.488479),
-    (0.01, 1.0, 10000, 1e-5, 6.187745, 6.712757, 10.880807),
-    (0.005, 0.8, 1000, 1e-6, 2.004112, 2.626538, 2.40241),
-    (0.1, 3.0, 512, 1e-6, 3.769687, 4.05097, 7.82455),
-    (1.0, 1.0, 1, 1e-5, 4.377178, 4.728507, 9.997256),
-]
-
-
-@pytest.mark.parametrize(("q", "sigma", "steps", "delta", "pld", "rdp", "replace_one"), POISSON)
+@pytest.mark.parametrize(("q", "sigma", "steps", "delta", "pld", "rdp", "replace_one"), GOLDENS)
 def test_poisson_sampling(
     q: float, sigma: float, steps: int, delta: float, pld: float, rdp: float, replace_one: float
 ) -> None:

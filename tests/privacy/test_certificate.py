@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.privacy.certificate import DatasetCost, certificate, readable, write_certificate
 from dprlhf_ray.privacy.composition import Bound, Composition, Group, Part, compose
@@ -23,7 +23,7 @@ HEAD = "cd" * 32
 def _config(*privacy: dict[str, Any], data: dict[str, Any] | None = None, **more: Any) -> RunConfig:
     names = list(data or {"reviews": {}})
     stages = [{"name": f"stage{i}", "data": names[min(i, len(names) - 1)], "privacy": p} for i, p in enumerate(privacy)]
-    return cfg.parse({"data": data or {"reviews": {}}, "stages": stages, **more})
+    return config_file.parse({"data": data or {"reviews": {}}, "stages": stages, **more})
 
 
 def _plans(config: RunConfig) -> list[StagePlan]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.actors.accountant import AccountantActor
 from dprlhf_ray.errors import BudgetExhausted, ConfigError, LedgerDamaged
 from dprlhf_ray.privacy import accounting, budget, chain, filter
@@ -201,13 +201,14 @@ def test_fixed_and_adaptive_stages_on_one_data_set_add_up() -> None:
 def test_a_config_gives_one_budget_to_a_data_set_and_none_to_clip_only() -> None:
     stage = {"data": "a", "privacy": {"epsilon": 4.0}}
     two = {"a": {"dataset": "x", "budget": {"epsilon": 8, "delta": 1e-5}}, "b": {"dataset": "x"}}
-    assert {k: b.epsilon for k, b in cfg.parse({"data": two, "stages": [stage]}).budgets().items()} == {"x": 8.0}
+    budgets = config_file.parse({"data": two, "stages": [stage]}).budgets()
+    assert {k: b.epsilon for k, b in budgets.items()} == {"x": 8.0}
     two["b"]["budget"] = {"epsilon": 9, "delta": 1e-5}
     with pytest.raises(ConfigError, match="has another one"):
-        cfg.parse({"data": two, "stages": [stage]})
+        config_file.parse({"data": two, "stages": [stage]})
     with pytest.raises(ConfigError, match="clip_only is refused"):
-        cfg.parse({"data": {"a": {"budget": {"epsilon": 8, "delta": 1e-5}}},
-                   "stages": [{"data": "a", "privacy": {"mode": "clip_only"}}]})  # fmt: skip
+        config_file.parse({"data": {"a": {"budget": {"epsilon": 8, "delta": 1e-5}}},
+                           "stages": [{"data": "a", "privacy": {"mode": "clip_only"}}]})  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- meter

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.privacy.mechanism import DPStep
 from dprlhf_ray.privacy.noise import noise_metrics
 from dprlhf_ray.privacy.permit import Permit
@@ -20,7 +20,7 @@ from dprlhf_ray.stages.metrics import KL_BOUND, Metrics
 def _metrics(kl_coef: float) -> Metrics:
     algorithm = {"kind": "rloo", "completions_per_prompt": 2, "kl_coef": kl_coef}
     tree = {"stages": [{"privacy": {"mode": "clip_only"}, "algorithm": algorithm, "scorer": {"reward_bound": 4.0}}]}
-    return Metrics.of(cfg.parse(tree).stages[0])
+    return Metrics.of(config_file.parse(tree).stages[0])
 
 
 def _batch(*rewards: tuple[float, float]) -> batching.MicroBatch:

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 import torch
 
-from dprlhf_ray import config as cfg
+from dprlhf_ray import config_file
 from dprlhf_ray.config import AdapterConfig, AlgorithmConfig
 from dprlhf_ray.models.policy import load_policy
 from dprlhf_ray.privacy.clipping import ClippedSum
@@ -23,7 +23,7 @@ ALGORITHMS = list(get_args(AlgorithmConfig.model_fields["kind"].annotation))
 
 
 def _objective(model: Path, algorithm: str, kind: str, clip_norm: float) -> RLObjective:
-    config = cfg.parse(
+    config = config_file.parse(
         {
             "model": {"name": str(model), "dtype": "float32", "adapter": {"kind": kind, "rank": 2}},
             "stages": [
