@@ -35,7 +35,8 @@ from dprlhf_ray.privacy.per_unit import Recorder
 from dprlhf_ray.privacy.permit import Permit
 from dprlhf_ray.records import Completion, Experience, Prompt
 from dprlhf_ray.stages import batching
-from dprlhf_ray.stages.rl import Draw, RLObjective
+from dprlhf_ray.stages.objective import Draw
+from dprlhf_ray.stages.rl import RLObjective
 
 RECORDS = 128
 
@@ -59,8 +60,10 @@ def build(side: str, adapter: str) -> Callable[[], None]:
         return tuple(rng.randrange(100, 40_000) for _ in range(n))
 
     units = [
-        Experience(
-            Prompt(i, tokens(PROMPT_TOKENS), ""), (Completion(tokens(NEW_TOKENS), "", False, 0),), (rng.random(),)
+        (
+            Experience(
+                Prompt(i, tokens(PROMPT_TOKENS), ""), (Completion(tokens(NEW_TOKENS), "", False, 0),), (rng.random(),)
+            ),
         )
         for i in range(RECORDS)
     ]
@@ -83,7 +86,7 @@ def build(side: str, adapter: str) -> Callable[[], None]:
     step = DPStep("record", "zero_out", 10_000, RECORDS / 10_000, 1.0, 0.1, 1, 1, 5.0)
 
     def private() -> None:
-        total, _ = objective.clipped_sum(Draw(batches, 0.0))
+        total, _ = objective.clipped_sum(Draw(batches, 1))
         noised = noise_gradient(total.total, Permit.of("benchmark", "rl", 1, step, "benchmark")).value / RECORDS
         parts = noised.split(recorder.sizes)
         torch.stack([(p * g.view(p.shape)).sum() for p, g in zip(parameters, parts, strict=True)]).sum().backward()

@@ -26,6 +26,7 @@ from sqlalchemy import insert, update
 
 from benchmarks.run import ROOT, Ratio, machine, table
 from dprlhf_ray.privacy import budget, chain, store
+from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.mechanism import DPStep
 
@@ -103,14 +104,14 @@ def measure(sizes: list[int], folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"fsync_seconds": fsync_seconds(folder), "anchored": None, "sizes": []}
     (folder / "anchored").mkdir()
     ledger = Ledger.open(folder / "anchored" / "ledger.db", anchor_file=folder / "anchor")
-    ledger.declare("reviews", STAGE, STEP, 100.0, 1e-7)
+    ledger.declare([Declaration("reviews", STAGE, STEP, 100.0, 1e-7)])
     result["anchored"] = {"charge_seconds": statistics.median(charge_seconds(ledger, CHARGES))}
     ledger.close()
     path = folder / "ledger.db"
     Ledger.open(path).close()
     for size in sizes:
         ledger = Ledger.open(path)
-        ledger.declare("reviews", STAGE, STEP, 100.0, 1e-7)
+        ledger.declare([Declaration("reviews", STAGE, STEP, 100.0, 1e-7)])
         grow(ledger, size)
         charge_seconds(ledger, CHARGES // 4)  # the log that the bulk left is written back first
         each = charge_seconds(ledger, CHARGES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dprlhf_ray.config import DataConfig
-from dprlhf_ray.data.sources import load_prompts
+from dprlhf_ray.data.sources import load_records
 
 COMPLETIONS = 64
 NEW_TOKENS = 24
@@ -21,7 +21,7 @@ def openings(tokenizer: Any, count: int) -> list[str]:
     Raises:
         ValueError: the data has fewer.
     """
-    items = load_prompts(DataConfig(prompt_tokens=PROMPT_TOKENS), tokenizer).items
+    items = [e.prompt for e in load_records(DataConfig(prompt_tokens=PROMPT_TOKENS), "rl", tokenizer).items]
     texts = [p.text for p in items if len(p.token_ids) == PROMPT_TOKENS]
     if count > len(texts):
         raise ValueError(f"{count} openings asked, the embedded data has {len(texts)}")

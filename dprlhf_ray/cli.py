@@ -9,7 +9,7 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -17,6 +17,9 @@ from dprlhf_ray import __version__, cli_ledger, config_file
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.errors import ConfigError, DprlhfError, Interrupted, place_of
 from dprlhf_ray.run_dir import check_run_dir
+
+if TYPE_CHECKING:
+    from dprlhf_ray.sweep.cells import Cell
 
 app = typer.Typer(
     help="Reinforcement learning from human feedback on private data, with a differential-privacy guarantee.",
@@ -41,6 +44,8 @@ RecordsPerUser = Annotated[
 ]
 MaxBatch = Annotated[int | None, typer.Option(help="cap on a draw; needs --population")]
 Population = Annotated[int | None, typer.Option(help="N, number of records")]
+_GUARANTEES = {"dp": "dp", "none": "none (clip only)", "public": "public data: costs nothing"}
+_Number = TypeVar("_Number", int, float)
 Tries = Annotated[
     float | None, typer.Option(help="also epsilon of the best of a Poisson number of tries with this mean, by RDP")
 ]
@@ -82,6 +87,54 @@ def run(
         f"      dprlhf generate {folder / 'models' / parsed.stages[-1].name / 'merged'} --prompt 'The film'; "
         "your own data: README.md"
     )
+
+
+@app.command()
+def sweep(
+    config: Config,
+    epsilon: Annotated[str, typer.Option(help="targets of every private stage, e.g. 1,2,4,8")] = "",
+    controls: Annotated[str, typer.Option(help="of clip_only, public_only, non_private")] = "",
+    seeds: Annotated[str, typer.Option(help="public randomness only; noise and draws are always fresh")] = "0",
+    public_data: Annotated[
+        str | None, typer.Option(help="public_only: the public data set that private stages run on instead")
+    ] = None,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="folder of the sweep (default: sweeps/<name>)")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="keep finished runs, continue the others")] = False,
+) -> None:
+    """What privacy costs: one run per budget or control and seed, and a table of what each gained on public records.
+
+    A run that fails is in the table, and does not end the others; the exit code is then 1. Every run is certified by
+    itself; the sweep is not charged for, and says what its runs cost together.
+    """
+    from dprlhf_ray.sweep import runner, table
+    from dprlhf_ray.sweep.cells import cells
+
+    parsed = config_file.load(config, overrides)
+    folder = output or Path("sweeps") / parsed.name
+    names = [c for c in controls.split(",") if c]
+    found = cells(parsed, _numbers("--epsilon", epsilon, float), names, _numbers("--seeds", seeds, int), public_data)
+    waiting = runner.prepare(folder, found, resume)
+    failed: dict[str, int] = {}
+    minutes: dict[str, float] = {}
+
+    def ended(outcome: runner.Outcome) -> None:
+        if outcome.exit_code:
+            failed[outcome.cell.folder] = outcome.exit_code
+        minutes[outcome.cell.folder] = outcome.minutes
+        done, code = len(minutes), outcome.exit_code
+        how = f"failed with exit code {code}" if code else "done"
+        typer.echo(f"{outcome.cell.folder}  {how} after {outcome.minutes:.1f} min ({done} of {len(waiting)} runs)")
+        table.write(folder, parsed, found, failed)
+
+    try:
+        runner.run_cells(folder, waiting, runner.side_by_side(parsed), typer.echo, ended)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; continue with the same command and --resume") from None
+    _print_sweep(table.write(folder, parsed, found, failed), found, minutes)
+    typer.echo(f"\nNext: open {folder / 'sweep.html'}")
+    if failed:
+        raise DprlhfError(f"{len(failed)} of {len(found)} runs failed; their lines above say why; again: --resume")
 
 
 @app.command()
@@ -210,6 +263,34 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def _numbers(option: str, text: str, kind: type[_Number]) -> list[_Number]:
+    """Of a list with commas."""
+    try:
+        return [kind(part) for part in text.split(",") if part]
+    except ValueError:
+        raise ConfigError(f"{option}: {text!r} is no list of numbers; write it as 0,1,2") from None
+
+
+def _print_sweep(found: dict[str, Any], cells: list[Cell], minutes: dict[str, float]) -> None:
+    """The cells in the terminal, in short, with the minutes of the runs just made; the files have the intervals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dprlhf_ray.sweep.table import HEADINGS, formatted
+
+    shown = Table(box=None, title=f"Sweep {found['name']}", pad_edge=False, padding=(0, 1, 0, 0))
+    columns = ("cell", "certified ε", "before → after", "difference", "of non_private", "runs")
+    for heading in (*columns, "min/run"):  # fits 80 columns: two of them take what is left
+        shown.add_column(heading, overflow="fold", no_wrap=heading not in ("certified ε", "runs"))
+    for row in formatted(found["cells"]):
+        by_heading = dict(zip(HEADINGS, row, strict=True))
+        own = [minutes[c.folder] for c in cells if c.name == row[0] and c.folder in minutes]
+        shown.add_row(*(by_heading[h] for h in columns), f"{sum(own) / len(own):.1f}" if own else "kept")
+    Console(highlight=False).print(shown)
+    for statement in found["statements"]:
+        typer.echo(statement)
+
+
 def _step(
     sigma: float, q: float, steps: int, updates: int, adjacency: str, unit: str, records_per_user: int | None,
     max_batch: int | None, population: int | None,
@@ -251,14 +332,17 @@ def _plan_config(config: RunConfig) -> list[dict[str, Any]]:
             )
         size = expected_population(config, stage, facts.populations)
         found = plan_stage(stage, size, dataset=config.dataset_of(stage.data))
-        row: dict[str, Any] = {"stage": stage.name, **found.step.parameters(), "delta": found.delta}
+        row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "data_set": found.dataset}
+        row |= {"guarantee": _GUARANTEES[found.guarantee], "sampled": found.step.sampled, **found.step.parameters()}
+        row |= {"records_per_draw": stage.privacy.records_per_draw if found.step.sampled == "user" else None}
+        row |= {"delta": None if found.public else found.delta}
         row |= (
             {"pld": None, "rdp": None}
             if found.epsilon is None
             else {"pld": found.epsilon.pld, "rdp": found.epsilon.rdp, "certified": found.certified}
         )
         m = facts.model
-        d = None if m is None else trainable_numbers(config.model.adapter, m.parameters, m.linears)
+        d = None if m is None else trainable_numbers(config.adapter_of(stage), m.parameters, m.linears)
         rows.append(row | expectations(stage, found, d))
     return rows
 

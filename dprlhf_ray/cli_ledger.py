@@ -109,12 +109,15 @@ def anchor(
 def _row(s: Schedule, spent: float | None) -> dict[str, Any]:
     row = {"stage": s.stage, "data_set": s.dataset, "attempts": s.spent, "planned": s.step.steps,
            "accounting": "fixed_schedule" if s.alpha is None else "adaptive", "epsilon_spent": spent,
-           "epsilon_target": s.epsilon, "delta": s.delta}  # fmt: skip
+           "epsilon_target": s.epsilon, "delta": s.delta, "guarantee": s.guarantee}  # fmt: skip
     return row if s.alpha is None else row | {"alpha": s.alpha, "rho_spent": s.rho, "rho_budget": s.rho_budget}
 
 
 def _line(r: dict[str, Any]) -> str:
+    where = f"{r['stage']} on {r['data_set']}"
     draws = f"{r['attempts']} of {r['planned']} draws"
+    if r["guarantee"] == "public":
+        return f"{where}: {draws}, public: costs nothing"
     if r["accounting"] == "adaptive":
         draws = f"{r['attempts']} draws ({r['planned']} planned)"
     meter = "no guarantee (clip only)"
@@ -122,7 +125,7 @@ def _line(r: dict[str, Any]) -> str:
         meter = f"epsilon {r['epsilon_spent']:.3f} of {r['epsilon_target']:g}"
     if r["accounting"] == "adaptive":
         meter += f" (adaptive: rho {r['rho_spent']:.4g} of {r['rho_budget']:.4g} at order {r['alpha']:g})"
-    return f"{r['stage']} on {r['data_set']}: {draws}, {meter}, delta {r['delta']:g}"
+    return f"{where}: {draws}, {meter}, delta {r['delta']:g}"
 
 
 def _place(where: str, key: str | None, anchor: str | None) -> tuple[str, str | None, str | None]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -56,9 +57,15 @@ class BudgetConfig(Section):
     delta: float = Field(gt=0, lt=1, description="delta of that bound")
 
 
-class DataConfig(Section):
-    """One private source. The privacy budget belongs to the declared data set that it is part of: `dataset`."""
+Column = Literal["prompt", "completion", "chosen", "rejected", "text", "messages"]
 
+
+class DataConfig(Section):
+    """One source. The privacy budget belongs to the declared data set that it is part of: `dataset`."""
+
+    public: bool = Field(
+        False, description="declared public: nothing in it is protected, stages on it cost nothing, and it may be shown"
+    )
     dataset: str | None = Field(
         None,
         description="declared name of the data set that pays; sources with one name share one budget and compose "
@@ -71,13 +78,22 @@ class DataConfig(Section):
         description='"embedded:movie-reviews", a .jsonl(.gz)/.parquet/.csv path, or a hub name',
     )
     split: str = Field("train", description="split of a hub data set")
-    columns: dict[Literal["prompt"], str] = Field(
+    columns: dict[Column, str] = Field(
         default_factory=dict, description="remap, e.g. {prompt: question}: our name -> column name in the source"
     )
+    rejected: Literal["column", "truncated", "public"] = Field(
+        "column",
+        description="pairs: the rejected response is a column's; or, where nobody compared any, the first third of the "
+        "chosen one (truncated), or a completion of `rejected_source` (public)",
+    )
+    rejected_source: str | None = Field(None, description="rejected public: a public source with column completion")
     prompt_tokens: int | None = Field(
         None, ge=1, description="keep only the first n tokens of each prompt (a record-local public rule); null: whole"
     )
     max_prompt_tokens: int = Field(256, ge=1, description="a longer prompt becomes a null record")
+    max_completion_tokens: int = Field(
+        256, ge=1, description="a longer demonstration or response is cut there (a record-local public rule)"
+    )
     chat_template: bool = Field(False, description="wrap the prompt with the tokenizer's chat template")
     unit_column: str | None = Field(
         None,
@@ -102,6 +118,10 @@ class DataConfig(Section):
                 raise ValueError(f"unit_column: {self.source} has ids of its own: leave it out")
         elif self.partitions and self.unit_column is None:
             raise ValueError("partitions go by a unit's real id: set unit_column to the column that holds it")
+        if self.public and (self.budget is not None or self.dataset is not None):
+            raise ValueError("public: data declared public has no budget and belongs to no private data set: remove it")
+        if (self.rejected == "public") != (self.rejected_source is not None):
+            raise ValueError("rejected_source goes with rejected: public, and the other way round")
         return self
 
 
@@ -111,12 +131,19 @@ class DataConfig(Section):
 class PrivacyConfig(Section):
     """The guarantee of one stage. There is no default budget: a missing epsilon never means "no limit"."""
 
-    mode: Literal["dp", "clip_only"] = Field(
-        "dp", description="clip_only: a control with noise zero; its certificate says that nothing is guaranteed"
+    mode: Literal["dp", "clip_only", "public"] = Field(
+        "dp",
+        description="clip_only: a control with noise zero; its certificate says that nothing is guaranteed; public: a "
+        "stage on data declared public, without noise and free of charge",
     )
     epsilon: float | None = Field(None, gt=0, description="target epsilon of the stage (required in mode dp)")
     delta: float = Field(1e-5, gt=0, lt=1)
-    unit: Literal["record", "user"] = Field("record", description="who is protected; user is not supported yet")
+    unit: Literal["record", "user"] = Field(
+        "record", description="who is protected: a record, or all records of one id in the data's unit_column together"
+    )
+    records_per_draw: int = Field(
+        4, ge=1, description="unit user: a drawn user brings at most this many records, chosen at random"
+    )
     records_per_user: int | None = Field(
         None, ge=1, description="unit user: records are sampled, and a user owns at most this many (null: users are)"
     )
@@ -153,8 +180,8 @@ class PrivacyConfig(Section):
     def _budget(self) -> PrivacyConfig:
         if self.mode == "dp" and self.epsilon is None:
             raise ValueError("epsilon is not set: give a target such as 8.0 (a missing epsilon never means no limit)")
-        if self.mode == "clip_only" and self.epsilon is not None:
-            raise ValueError("epsilon has no meaning in mode clip_only: remove it, or set mode: dp")
+        if self.mode != "dp" and self.epsilon is not None:
+            raise ValueError(f"epsilon has no meaning in mode {self.mode}: remove it, or set mode: dp")
         if self.adjacency == "replace_one" and self.updates_per_draw > 1:
             raise ValueError("updates_per_draw > 1 is not supported under adjacency replace_one: use zero_out")
         if self.adjacency == "add_remove" and self.declared_size is None:
@@ -163,15 +190,13 @@ class PrivacyConfig(Section):
 
     @model_validator(mode="after")
     def _figure(self) -> PrivacyConfig:
-        if self.unit == "user":
-            raise ValueError("unit: user is not supported yet (`dprlhf plan` and `epsilon` account for it): use record")
-        if self.records_per_user is not None:
+        if self.records_per_user is not None and self.unit == "record":
             raise ValueError("records_per_user means nothing for unit record: remove it")
         if self.max_batch is not None and (self.adjacency == "add_remove" or self.updates_per_draw > 1):
             raise ValueError("max_batch has no figure under add_remove or with updates_per_draw > 1: remove it")
         if self.accounting == "adaptive":
-            if self.mode == "clip_only":
-                raise ValueError("accounting: adaptive means nothing in mode clip_only: remove it")
+            if self.mode != "dp":
+                raise ValueError(f"accounting: adaptive means nothing in mode {self.mode}: remove it")
             if self.adjacency == "replace_one" or self.max_batch is not None:
                 raise ValueError("accounting: adaptive has no figure under replace_one or max_batch: fixed_schedule")
         return self
@@ -183,7 +208,7 @@ class PrivacyConfig(Section):
 class AlgorithmConfig(Section):
     """Per-record policy loss; see `dprlhf_ray/algorithms/`."""
 
-    kind: Literal["ppo", "rloo", "grpo", "reinforce"] = "rloo"
+    kind: Literal["ppo", "rloo", "grpo", "reinforce", "reinforce_pp"] = "rloo"
     completions_per_prompt: int = Field(
         1, ge=1, description="G: completions of one prompt; together they are one record"
     )
@@ -195,17 +220,84 @@ class AlgorithmConfig(Section):
         0.0,
         description="reinforce: the constant (before there is a released mean, the mean of the public prompts is used)",
     )
+    advantage_scale: float | None = Field(
+        None,
+        gt=0,
+        description="advantages are divided by this public constant (null: 1, but grpo by its group's own deviation)",
+    )
+    clip_range: float = Field(0.2, gt=0, description="ppo, grpo, reinforce_pp: the ratio is clipped at 1 - this, below")
+    clip_range_high: float | None = Field(
+        None, gt=0, description="ppo, grpo, reinforce_pp: and at 1 + this, above (null: as clip_range)"
+    )
+    normalisation: Literal["own_length", "group_tokens", "max_length", "sum"] = Field(
+        "own_length",
+        description="own_length: mean over each completion's own tokens; group_tokens: sum over a record's tokens / "
+        "their number; max_length: sum over a completion's tokens / max_new_tokens; sum: that sum alone",
+    )
+    mask_truncated: bool = Field(
+        False, description="completions cut at max_new_tokens give no policy gradient (their rewards stay in the group)"
+    )
+    importance_cap: float = Field(
+        2.0, ge=1, description="completions of an older policy: per-token importance weights are truncated there"
+    )
     kl_coef: float = Field(0.0, ge=0, description="KL to the frozen reference, per token, inside the record (0: none)")
-    clip_range: float = Field(0.2, gt=0, description="ppo, grpo: ratio clip")
-    gamma: float = Field(1.0, ge=0, le=1)
-    gae_lambda: float = Field(0.95, ge=0, le=1)
-    value_coef: float = Field(0.1, ge=0)
+    kl_in: Literal["loss", "reward"] | None = Field(None, description="null: the reward for ppo, the loss otherwise")
+    kl_estimator: Literal["k1", "k2", "k3"] | None = Field(
+        None,
+        description="with d = log(policy / reference): k1: d; k2: d^2 / 2; k3: exp(-d) + d - 1 (null: k1 in the "
+        "reward; in the loss k2 for reinforce_pp, k3 otherwise)",
+    )
+    kl_schedule: Literal["constant", "linear"] = Field(
+        "constant", description="linear: kl_coef falls to 0 over the stage's attempts"
+    )
+    gamma: float = Field(1.0, ge=0, le=1, description="ppo: discount")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="ppo: lambda of generalised advantage estimation")
+    value_coef: float = Field(0.1, ge=0, description="ppo: weight of the value loss")
+
+    CLIPPED: ClassVar[tuple[str, ...]] = ("ppo", "grpo", "reinforce_pp")
+    ONLY_FOR: ClassVar[dict[str, tuple[str, ...]]] = {
+        "baseline": ("reinforce",),
+        "baseline_value": ("reinforce",),
+        "clip_range": CLIPPED,
+        "clip_range_high": CLIPPED,
+        "gamma": ("ppo",),
+        "gae_lambda": ("ppo",),
+        "value_coef": ("ppo",),
+    }
 
     @model_validator(mode="after")
     def _group(self) -> AlgorithmConfig:
-        if self.kind in ("rloo", "grpo") and self.completions_per_prompt < 2:
+        if self.kind in ("rloo", "grpo", "reinforce_pp") and self.completions_per_prompt < 2:
             raise ValueError(f"completions_per_prompt must be at least 2 for {self.kind} (reinforce works with 1)")
         return self
+
+    @model_validator(mode="after")
+    def _meaning(self) -> AlgorithmConfig:
+        def changed(key: str) -> bool:
+            return bool(getattr(self, key) != AlgorithmConfig.model_fields[key].default)
+
+        for key, kinds in self.ONLY_FOR.items():
+            if self.kind not in kinds and changed(key):
+                raise ValueError(f"{key} means nothing for {self.kind}: remove it (it is for {', '.join(kinds)})")
+        for key in ("kl_in", "kl_estimator", "kl_schedule"):
+            if not self.kl_coef and changed(key):
+                raise ValueError(f"{key} means nothing while kl_coef is 0: remove it, or set kl_coef above 0")
+        if (self.kl_place, self.kl_kind) == ("loss", "k1"):
+            raise ValueError(
+                "kl_estimator k1 in the loss has no gradient in expectation: use k2 or k3, or kl_in: reward"
+            )
+        return self
+
+    @property
+    def kl_place(self) -> Literal["loss", "reward"]:
+        """`kl_in`, resolved."""
+        return self.kl_in or ("reward" if self.kind == "ppo" else "loss")
+
+    @property
+    def kl_kind(self) -> Literal["k1", "k2", "k3"]:
+        """`kl_estimator`, resolved."""
+        in_loss: Literal["k2", "k3"] = "k2" if self.kind == "reinforce_pp" else "k3"
+        return self.kl_estimator or ("k1" if self.kl_place == "reward" else in_loss)
 
 
 class GenerationConfig(Section):
@@ -217,19 +309,50 @@ class GenerationConfig(Section):
 
 
 class ScorerConfig(Section):
-    """The reward: a function of one record's text, stateless."""
+    """The reward: a function of one record's text, stateless, shifted, scaled and clipped by public constants."""
 
-    kind: Literal["sentiment_rule", "python"] = Field(
-        "sentiment_rule", description="sentiment_rule: VADER compound score in [-1, 1]; python: your own function"
+    kind: Literal["sentiment_rule", "python", "reward_model", "classifier", "http", "ensemble"] = Field(
+        "sentiment_rule",
+        description="sentiment_rule: VADER compound score in [-1, 1]; python: your own function; reward_model: a "
+        "sequence classifier's one number; classifier: log-odds of one label of a public classifier; http: an "
+        "endpoint that gets one record at a time; ensemble: the mean of several",
     )
     function: str | None = Field(None, description='python: "package.module:function", (prompt, completion) -> float')
-    reward_bound: float = Field(1.0, gt=0, description="rewards are clipped to [-bound, bound], a public constant")
+    stage: str | None = Field(None, description="reward_model: the earlier stage of this run that trained it")
+    model: str | None = Field(None, description="reward_model, classifier: a folder or hub name, declared public")
+    label: str | None = Field(None, description="classifier: the label whose log-odds are the reward, e.g. POSITIVE")
+    url: str | None = Field(None, description='http: POST {"prompt", "completion"} answers {"reward": number}')
+    sends_private_text: bool = Field(
+        False, description="http: has to be true: prompts and completions leave the cluster, beyond the guarantee"
+    )
+    members: tuple[ScorerConfig, ...] = Field((), description="ensemble: at least two scorers")
+    shift: float = Field(0.0, description="public constant, added first")
+    scale: float = Field(1.0, description="public constant, multiplied then")
+    reward_bound: float = Field(
+        1.0, gt=0, description="rewards are clipped to [-bound, bound] at last, a public constant"
+    )
+    length_penalty: float = Field(0.0, ge=0, description="taken off per generated token, before the clip")
+    missing_eos_penalty: float = Field(0.0, ge=0, description="taken off a completion cut at max_new_tokens")
 
     @model_validator(mode="after")
-    def _function(self) -> ScorerConfig:
-        if self.kind == "python" and not self.function:
-            raise ValueError('function is required for kind python, e.g. "my_rewards:score"')
+    def _needs(self) -> ScorerConfig:
+        needs = {"python": "function", "classifier": "model", "http": "url", "ensemble": "members"}
+        if (key := needs.get(self.kind)) and not getattr(self, key):
+            example = {"function": ', e.g. "my_rewards:score"'}.get(key, "")
+            raise ValueError(f"{key} is required for kind {self.kind}{example}")
+        if self.kind == "reward_model" and (self.stage is None) == (self.model is None):
+            raise ValueError("kind reward_model takes one of stage (of this run) and model (a folder or hub name)")
+        if self.kind == "classifier" and not self.label:
+            raise ValueError("label is required for kind classifier: one of the model's labels")
+        if self.kind == "http" and not self.sends_private_text:
+            raise ValueError("kind http sends prompts and completions to url: say so with sends_private_text: true")
+        if self.kind == "ensemble" and len(self.members) < 2:
+            raise ValueError("members: an ensemble has at least two scorers")
         return self
+
+    def flat(self) -> tuple[ScorerConfig, ...]:
+        """This scorer and all members."""
+        return (self, *(m for member in self.members for m in member.flat()))
 
 
 class OptimizerConfig(Section):
@@ -253,20 +376,49 @@ class OptimizerConfig(Section):
         return self
 
 
-class RLStage(Section):
-    """Reinforcement learning on private prompts."""
+class Stage(Section):
+    """What all stages have in common."""
 
-    kind: Literal["rl"] = "rl"
-    name: str = Field("rl", pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: str = Field("stage", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     data: str = Field("reviews", description="name of a data set declared under `data`")
     partition: str | None = Field(
         None, description="the stage sees this partition of its data only (one of `data.NAME.partitions`); null: all"
     )
     privacy: PrivacyConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    adapter: AdapterConfig | None = Field(None, description="null: model.adapter")
+    start: str | None = Field(
+        None,
+        description='weights to start from: an earlier sft or rl stage, or "model" (null: the newest such stage, else '
+        "the model)",
+    )
+    heldout: str | None = Field(
+        None, description="sft, reward_model: a public data set that is evaluated before and after (null: none)"
+    )
+
+
+class SFTStage(Stage):
+    """Supervised fine-tuning on demonstrations: columns prompt and completion, or text, or messages."""
+
+    kind: Literal["sft"]
+    name: str = Field("sft", pattern=r"^[a-z0-9][a-z0-9_-]*$")
+
+
+class RewardModelStage(Stage):
+    """A Bradley-Terry reward model on pairs: columns chosen, rejected, and prompt or none. A pair is one record."""
+
+    kind: Literal["reward_model"]
+    name: str = Field("reward_model", pattern=r"^[a-z0-9][a-z0-9_-]*$")
+
+
+class RLStage(Stage):
+    """Reinforcement learning on prompts."""
+
+    kind: Literal["rl"] = "rl"
+    name: str = Field("rl", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     algorithm: AlgorithmConfig = AlgorithmConfig(kind="reinforce")
     generation: GenerationConfig = GenerationConfig()
     scorer: ScorerConfig = ScorerConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
 
     @model_validator(mode="after")
     def _released_baseline(self) -> RLStage:
@@ -278,7 +430,23 @@ class RLStage(Section):
             raise ValueError(
                 "algorithm.baseline released_mean needs released metrics: metrics_share above 0, or constant"
             )
+        if self.algorithm.mask_truncated and not self.generation.stop_at_eos:
+            raise ValueError("algorithm.mask_truncated with stop_at_eos false: no completion would ever finish")
+        if self.heldout is not None:
+            raise ValueError("heldout is for kinds sft and reward_model: rl is evaluated on evaluation.source")
         return self
+
+
+def _kind(value: Any) -> str:
+    """Of a stage; a stage without one is rl."""
+    return str(value.get("kind", "rl") if isinstance(value, dict) else value.kind)
+
+
+AnyStage = Annotated[
+    Annotated[RLStage, Tag("rl")] | Annotated[SFTStage, Tag("sft")] | Annotated[RewardModelStage, Tag("reward_model")],
+    Discriminator(_kind),
+]
+STAGES: dict[str, type[Stage]] = {"rl": RLStage, "sft": SFTStage, "reward_model": RewardModelStage}
 
 
 # ------------------------------------------------------------------------------------------------- where it runs
@@ -324,6 +492,10 @@ class EvaluationConfig(Section):
     """Public prompts: reward before and after, and samples. Costs no budget."""
 
     source: str = Field("embedded:public-openings", description="as data.source; public, disjoint from private data")
+    split: str = Field("test", description="split of a hub data set")
+    columns: dict[Column, str] = Field(
+        default_factory=dict, description="as data.columns (empty: those of the stage's data set)"
+    )
     prompts: int = Field(400, ge=2, description="number of public prompts scored before and after")
     every: int = Field(0, ge=0, description="also every n steps (0: only before and after)")
     samples: int = Field(4, ge=0, description="continuations shown before and after")
@@ -358,7 +530,7 @@ class RunConfig(Section):
     )
     model: ModelConfig = ModelConfig()
     data: dict[str, DataConfig] = Field(default_factory=lambda: {"reviews": DataConfig()}, min_length=1)
-    stages: Annotated[tuple[RLStage, ...], Field(min_length=1)]
+    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
     learner: LearnerConfig = LearnerConfig()
     rollout: RolloutConfig = RolloutConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -394,25 +566,62 @@ class RunConfig(Section):
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ: {names}")
-        for s in self.stages:
-            if s.data not in self.data:
-                raise ValueError(
-                    f"stage {s.name!r} uses data set {s.data!r}, which is not declared under data: {sorted(self.data)}"
-                )
-            if s.privacy.mode == "clip_only" and self.dataset_of(s.data) in budgets:
-                raise ValueError(f"stage {s.name!r}: mode clip_only is refused on a data set with a budget: remove one")
-            if s.partition is not None and s.partition not in self.data[s.data].partitions:
-                raise ValueError(
-                    f"stage {s.name!r} uses partition {s.partition!r}, which is not one of data.{s.data}.partitions: "
-                    f"{sorted(self.data[s.data].partitions)}"
-                )
-            longest = self.data[s.data].prompt_tokens or self.data[s.data].max_prompt_tokens
-            if longest + s.generation.max_new_tokens > self.rollout.max_model_len:
-                raise ValueError(
-                    f"rollout.max_model_len is {self.rollout.max_model_len}, but prompts of up to {longest} tokens and "
-                    f"{s.generation.max_new_tokens} new tokens need {longest + s.generation.max_new_tokens}"
-                )
+        for i, s in enumerate(self.stages):
+            self._check_stage(s, self.stages[:i], budgets)
         return self
+
+    def _check_stage(self, s: AnyStage, earlier: Sequence[AnyStage], budgets: Mapping[str, BudgetConfig]) -> None:
+        for name in (s.data, *([s.heldout] if s.heldout else [])):
+            if name not in self.data:
+                raise ValueError(
+                    f"stage {s.name!r} uses data set {name!r}, which is not declared under data: {sorted(self.data)}"
+                )
+        data = self.data[s.data]
+        if s.privacy.mode == "public" and not data.public:
+            raise ValueError(f"stage {s.name!r}: mode public needs data declared public: data.{s.data}.public is false")
+        if s.privacy.mode != "public" and data.public:
+            raise ValueError(f"stage {s.name!r}: data.{s.data} is declared public: set privacy.mode: public")
+        if s.heldout is not None and not self.data[s.heldout].public:
+            raise ValueError(f"stage {s.name!r}: heldout {s.heldout!r} is not declared public: data.{s.heldout}.public")
+        if s.privacy.mode == "clip_only" and self.dataset_of(s.data) in budgets:
+            raise ValueError(f"stage {s.name!r}: mode clip_only is refused on a data set with a budget: remove one")
+        if s.privacy.unit == "user" and data.unit_column is None:
+            raise ValueError(f"stage {s.name!r}: unit user needs data.{s.data}.unit_column, the column of users' ids")
+        if s.partition is not None and s.partition not in data.partitions:
+            raise ValueError(
+                f"stage {s.name!r} uses partition {s.partition!r}, which is not one of data.{s.data}.partitions: "
+                f"{sorted(data.partitions)}"
+            )
+        policies = [e.name for e in earlier if e.kind != "reward_model"]
+        if s.start not in (None, "model", *policies):
+            raise ValueError(f"stage {s.name!r}: start {s.start!r} is no earlier sft or rl stage: {policies or 'none'}")
+        longest = data.prompt_tokens or data.max_prompt_tokens
+        new, what = data.max_completion_tokens, "completion tokens"
+        if s.kind == "rl":
+            new, what = s.generation.max_new_tokens, "new tokens"
+            trained = [e.name for e in earlier if e.kind == "reward_model"]
+            for scorer in s.scorer.flat():
+                if scorer.stage is not None and scorer.stage not in trained:
+                    raise ValueError(
+                        f"stage {s.name!r}: scorer.stage {scorer.stage!r} is no earlier reward_model stage: "
+                        f"{trained or 'none'}"
+                    )
+        if longest + new > self.rollout.max_model_len:
+            raise ValueError(
+                f"rollout.max_model_len is {self.rollout.max_model_len}, but prompts of up to {longest} tokens and "
+                f"{new} {what} need {longest + new}"
+            )
+
+    def adapter_of(self, stage: AnyStage) -> AdapterConfig:
+        """What trains in a stage."""
+        return stage.adapter or self.model.adapter
+
+    def start_of(self, stage: AnyStage) -> str | None:
+        """Name of the earlier stage whose policy a stage starts from; None: model.name."""
+        if stage.start is not None:
+            return None if stage.start == "model" else stage.start
+        before = self.stages[: self.stages.index(stage)]
+        return next((s.name for s in reversed(before) if s.kind != "reward_model"), None)
 
     def budgets(self) -> dict[str, BudgetConfig]:
         """Budgets by declared data set; ValueError when two of its sources give it different ones."""

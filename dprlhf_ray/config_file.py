@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dprlhf_ray.config import RunConfig
+from dprlhf_ray.config import STAGES, RunConfig
 from dprlhf_ray.errors import ConfigError
 
 
@@ -35,6 +35,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
         raise ConfigError(f"{path}:{where} is not valid YAML: {getattr(e, 'problem', e)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, not {type(tree).__name__}")
+    tree = _apart(tree)
     for item in overrides or []:
         _override(tree, item)
     return parse(tree, str(path))
@@ -55,7 +56,7 @@ def dump(config: RunConfig) -> str:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    key = ".".join(str(p) for p in first["loc"])
+    key = ".".join(str(p) for i, p in enumerate(first["loc"]) if not (i == 2 and p in STAGES))  # no key: a union's tag
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("be a valid", "be a")
     message = re.sub(r"should be a (dictionary|model).*", "should be a section of keys and values", message)
     message = re.sub(r"should be an? (valid )?integer.*", "should be a whole number", message)
@@ -63,6 +64,8 @@ def _one_line(error: ValidationError) -> str:
         return message
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key{_known_keys(first['loc'])}"
+    if first["type"] == "union_tag_invalid":
+        return f"{key}.kind: no such kind of stage; there are {', '.join(STAGES)}"
     if first["type"] == "missing":
         return f"{key}: this key is required"
     value = first.get("input")
@@ -77,6 +80,8 @@ def _known_keys(loc: tuple[Any, ...]) -> str:
         field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
         if field is not None:
             model = _section(field.annotation)
+        elif part in STAGES:
+            model = STAGES[str(part)]
     keys = list(getattr(model, "model_fields", {}))
     near = difflib.get_close_matches(str(loc[-1]), keys, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(keys)}"
@@ -91,6 +96,13 @@ def _section(annotation: Any) -> Any:
         if found is not None:
             return found
     return None
+
+
+def _apart(node: Any) -> Any:
+    """A copy in which sections that a YAML anchor shares are each their own: an override changes one of them."""
+    if isinstance(node, dict):
+        return {key: _apart(value) for key, value in node.items()}
+    return [_apart(value) for value in node] if isinstance(node, list) else node
 
 
 def _override(tree: dict[str, Any], item: str) -> None:

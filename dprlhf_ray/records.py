@@ -23,22 +23,23 @@ class Prompt(Private):
 
 @dataclass(frozen=True, repr=False)
 class Completion(Private):
-    """One completion, drawn from weight version `version`.
+    """One completion, drawn from weight version `version` (None: a response of the data, that nobody generated).
 
-    token_ids: generated tokens, the end-of-sequence token included when it was drawn. finished: it ended by EOS.
+    token_ids: its tokens, the end-of-sequence token included when it was drawn. finished: it ended by EOS.
     """
 
     token_ids: tuple[int, ...]
     text: str
     finished: bool
-    version: int
+    version: int | None
 
 
 @dataclass(frozen=True, repr=False, init=False)
 class Experience(Private):
-    """One unit's share of a draw: its prompt, its G completions and their rewards (None where the scorer failed).
+    """One record as a loss sees it: a prompt, G completions and their rewards (None where the scorer failed).
 
-    Rewards given as plain numbers become private ones.
+    rl: G sampled completions; data without any yet are a prompt only. sft: one demonstration. Pairs: (chosen,
+    rejected). Without a scorer all rewards are 0. Rewards given as plain numbers become private ones.
     """
 
     prompt: Prompt
@@ -57,6 +58,12 @@ class Experience(Private):
 
     @property
     def is_null(self) -> bool:
-        """A record that caused a failure of its own contributes exactly zero."""
+        """A record that caused a failure of its own contributes exactly zero. Nothing is generated without a prompt;
+        responses of the data may be a pair without one."""
         scored = len(self.rewards) == len(self.completions) and not any(r is None for r in self.rewards)
-        return not self.prompt.token_ids or not self.completions or not scored
+        unprompted = not self.prompt.token_ids and any(c.version is not None for c in self.completions)
+        return unprompted or not self.completions or not scored
+
+
+Unit = tuple[Experience, ...]
+"""What one protected unit brings to a draw: a record, or some of a user's records."""

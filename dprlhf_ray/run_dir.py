@@ -46,6 +46,15 @@ class RunDir:
     def evaluation(self, stage: str) -> Path:
         return self.root / f"evaluation-{stage}.json"
 
+    def finish(self, stage: str, attempts: int, head: str) -> None:
+        """Note that a stage's model is whole, and the ledger's head it was made under."""
+        write_atomically(self.model(stage) / "stage.json", json.dumps({"attempts": attempts, "ledger_head": head}))
+
+    def finished(self, stage: str) -> int | None:
+        """Attempts of a stage that is done; None: it is not."""
+        path = self.model(stage) / "stage.json"
+        return int(read_json(path)["attempts"]) if path.exists() else None
+
 
 def check_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
     """A run's folder, new or to be continued.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dprlhf_ray import __version__, cli
+from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.mechanism import DPStep
 
@@ -40,7 +41,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def small_ledger(tmp_path: Path) -> Path:
     """A run directory with a ledger of one stage, two of whose three attempts are spent."""
     ledger = Ledger.open(tmp_path / "ledger.db")
-    ledger.declare("reviews", "rl", DPStep("record", "zero_out", 10_000, 0.04, 2.0, 0.5, 1, 3, 5.0), 8.0, 1e-5)
+    step = DPStep("record", "zero_out", 10_000, 0.04, 2.0, 0.5, 1, 3, 5.0)
+    ledger.declare([Declaration("reviews", "rl", step, 8.0, 1e-5)])
     ledger.charge("rl")
     ledger.charge("rl")
     ledger.close()
@@ -82,6 +84,36 @@ def test_plan_gives_the_reference_noise_on_the_safe_side(command: Command) -> No
     assert row["pld"] <= 1.0
 
 
+def test_plan_of_a_config_knows_users_public_data_and_each_stages_own_adapter(
+    command: Command, tmp_path: Path, tiny_model: Path
+) -> None:
+    """False: the noise is planned for records instead of users, free data get a bound, or d is another adapter's."""
+    rows = [{"who": f"u{i // 5}", "prompt": f"p {i}", "completion": f"c {i}"} for i in range(500)]
+    for name in ("books", "notes"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("books", "notes")}
+    user = {"epsilon": 3.0, "delta": 1e-4, "unit": "user", "records_per_draw": 2, "expected_batch": 20}
+    adapters = [{"kind": "lora", "rank": r, "target_modules": ["q_proj"]} for r in (1, 4)]
+    short = {"max_prompt_tokens": 64, "max_completion_tokens": 64}
+    tree = {
+        "model": {"name": str(tiny_model), "adapter": adapters[0]},
+        "data": {"books": {"source": files["books"], "public": True} | short,
+                 "notes": {"source": files["notes"], "unit_column": "who"} | short},
+        "stages": [{"kind": "sft", "data": "books", "privacy": {"mode": "public", "expected_batch": 50}},
+                   {"kind": "rl", "data": "notes", "privacy": user, "adapter": adapters[1]}],
+        "rollout": {"max_model_len": 128, "kv_cache_gib": 0.1},
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(tree))
+    code, out, err = command("plan", str(path), "--json")
+    assert code == 0, err
+    sft, rl = json.loads(out)
+    assert sft["guarantee"].startswith("public data") and sft["pld"] is None and sft["delta"] is None
+    assert (rl["guarantee"], rl["sampled"], rl["population"], rl["records_per_draw"]) == ("dp", "user", 100, 2)
+    assert 0 < rl["certified"] <= 3.0 and rl["completions_per_step"] == pytest.approx(40)
+    assert rl["trainable"] == 4 * sft["trainable"] > 0
+
+
 def test_plan_names_the_numbers_that_are_missing(command: Command) -> None:
     _one_line(command("plan", "--epsilon", "1"), 2, "--delta", "--sampling-rate", "--steps")
 
@@ -96,6 +128,10 @@ def test_plan_names_the_numbers_that_are_missing(command: Command) -> None:
         "epsilon --sampling-rate .1",
         "plan --epsilon inf --delta 1e-6 --sampling-rate .1 --steps 512",
         "plan no-such-file.yaml",
+        "sweep no-such-file.yaml --epsilon 1",
+        "sweep configs/quickstart.yaml",
+        "sweep configs/quickstart.yaml --epsilon 1,two",
+        "sweep configs/quickstart.yaml --controls noiseless",
         "run no-such-file.yaml",
         "certificate no-such-folder",
         "report no-such-folder",
@@ -144,7 +180,7 @@ def test_ledger_commands_show_budgets_and_adaptive_stages_and_use_the_anchor(
     _one_line(command(*budget, "0.1"), 3, "reviews")
     ledger = Ledger.open(small_ledger / "ledger.db", anchor_file=anchor)
     plan = DPStep("record", "zero_out", 10_000, 0.04, 2.0, 0.5, 1, 3, 5.0)
-    ledger.declare("reviews", "second", plan, 2.0, 1e-5, adaptive=True)
+    ledger.declare([Declaration("reviews", "second", plan, 2.0, 1e-5, adaptive=True)])
     ledger.charge("second")
     ledger.close()
     code, out, _ = command("ledger", "show", where, "--anchor", str(anchor), "--json")

@@ -71,8 +71,7 @@ def line_of(refused: Callable[[], Any]) -> str:
         ),
         (
             stage({"unit": "user"}),
-            "config: stages.0.privacy: unit: user is not supported yet (`dprlhf plan` and `epsilon` account for it): "
-            "use record",
+            "config: stage 'rl': unit user needs data.reviews.unit_column, the column of users' ids",
         ),
         (
             stage({"records_per_user": 3}),
@@ -244,3 +243,11 @@ def test_preflight_starts_nothing_heavy() -> None:
     """Were torch or ray imported here, a bad config would be refused only after seconds."""
     code = "import sys, dprlhf_ray.data.preflight; print([m for m in ('torch', 'ray', 'vllm') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_override_changes_one_of_the_sections_that_an_anchor_shares(tmp_path: Path) -> None:
+    """False: `--set` on one stage silently changes another stage's budget."""
+    path = tmp_path / "c.yaml"
+    path.write_text("stages:\n- {name: a, privacy: &p {epsilon: 1.0}}\n- {name: b, privacy: *p}\n", encoding="utf-8")
+    config = config_file.load(path, ["stages.0.privacy.epsilon=2.0"])
+    assert [s.privacy.epsilon for s in config.stages] == [2.0, 1.0]

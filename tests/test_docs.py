@@ -13,10 +13,11 @@ import yaml
 from pydantic import BaseModel
 
 from dprlhf_ray import cli, config_file
-from dprlhf_ray.config import RunConfig
+from dprlhf_ray.config import STAGES, DataConfig, RLStage, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/guarantee.md", "docs/configuration.md")
+PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def _section(annotation: typing.Any) -> type[BaseModel] | None:
@@ -25,17 +26,20 @@ def _section(annotation: typing.Any) -> type[BaseModel] | None:
     return next((s for a in typing.get_args(annotation) if (s := _section(a)) is not None), None)
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, default as the page writes it) of every setting."""
+def _keys(
+    model: type[BaseModel], prefix: str = "", known: set[type[BaseModel]] | None = None
+) -> Iterator[tuple[str, str]]:
+    """(dotted key, default as the page writes it) of every setting. A section that comes again is described once."""
+    known = {model} if known is None else known
     for name, field in model.model_fields.items():
         nested = _section(field.annotation)
-        if nested is None:
+        if nested is None or nested in known:
             value = None if field.is_required() else field.get_default(call_default_factory=True)
             yield prefix + name, "required" if field.is_required() else f"`{json.dumps(value)}`"
         else:
-            yield from _keys(
-                nested, f"{prefix}{name}." + {"data": "NAME.", "stages": "N."}.get(name, "") * (not prefix)
-            )
+            known.add(nested)
+            inner = f"{prefix}{name}." + {"data": "NAME.", "stages": "N."}.get(name, "") * (not prefix)
+            yield from _keys(nested, inner, known)
 
 
 def _rows() -> dict[str, str]:
@@ -55,6 +59,21 @@ def test_no_setting_is_documented_that_does_not_exist() -> None:
     assert set(_rows()) - sections <= known
     for key in sections - known:
         assert any(k.startswith(f"{key}.") for k in known), key
+
+
+def test_stages_of_other_kinds_have_no_key_that_those_of_kind_rl_lack() -> None:
+    """What the page says of `stages.N` is what kind rl takes; only kind and name have other defaults elsewhere."""
+    for kind, stage in STAGES.items():
+        for name, field in stage.model_fields.items():
+            assert name in RLStage.model_fields, (kind, name)
+            same = field.is_required() == RLStage.model_fields[name].is_required()
+            assert name in ("kind", "name") or (same and field.default == RLStage.model_fields[name].default)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_every_config_is_accepted_and_in_the_readme(config: Path) -> None:
+    config_file.load(config)
+    assert f"`configs/{config.name}`" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -81,10 +100,22 @@ def test_commands_that_a_page_names_exist(page: str) -> None:
         assert target in targets, target
 
 
+def _blocks(page: str) -> list[typing.Any]:
+    """The YAML that a page shows."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [yaml.safe_load(b) for b in re.findall(r"^ *```yaml\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)]
+
+
+def test_data_sets_of_the_pipeline_s_page_are_accepted() -> None:
+    blocks = _blocks("docs/pipeline.md")
+    assert blocks
+    for block in blocks:
+        assert [DataConfig.model_validate(data) for data in block.values()]
+
+
 def test_configs_of_the_readme_are_accepted() -> None:
     """The first is a whole config, the second is added to it."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = [yaml.safe_load(b) for b in re.findall(r"^ *```yaml\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)]
+    blocks = _blocks("README.md")
     assert len(blocks) == 2
     config_file.parse(blocks[0])
     assert config_file.parse(blocks[0] | blocks[1]).learner.use_gpu

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +15,19 @@ from typing import Any
 import pytest
 import ray
 
-from dprlhf_ray import config_file, pipeline
+from dprlhf_ray import collect, config_file, stage_run
 from dprlhf_ray.actors.accountant import AccountantActor
 from dprlhf_ray.actors.learner_group import LearnersRestarted
-from dprlhf_ray.config import RLStage
-from dprlhf_ray.data.sources import Prompts
+from dprlhf_ray.config import RLStage, ScorerConfig
+from dprlhf_ray.data.sources import Records, load_public_prompts
+from dprlhf_ray.data.units import StageData
 from dprlhf_ray.errors import LedgerDamaged
+from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.mechanism import DPStep
 from dprlhf_ray.privacy.planning import StagePlan
 from dprlhf_ray.privacy.release import Released
-from dprlhf_ray.records import Completion, Prompt
+from dprlhf_ray.records import Completion, Experience, Prompt
 from dprlhf_ray.run_dir import RunDir
 
 STEP = DPStep("record", "zero_out", 40, 0.5, 4.0, 1.0, 1, 6, 8.0)
@@ -80,8 +82,8 @@ class World:
         self.note("public" if prompts[0] == (9,) else "generate")
         return [[Completion((7,), "public" if p == (9,) else "private", True, 0)] * count for p in prompts]
 
-    def score(self, pairs: list[tuple[str, str]]) -> list[float]:
-        return [PUBLIC if completion == "public" else PRIVATE for _, completion in pairs]
+    def score(self, texts: list[tuple[str, str, float]]) -> list[float]:
+        return [PUBLIC if completion == "public" else PRIVATE for _, completion, _ in texts]
 
     def wait_ready(self) -> None:
         pass
@@ -96,8 +98,8 @@ class World:
         if method != "update":
             return [], 0, {}, []
         self.note("update")
-        ((share,), baseline, token) = arguments[0]
-        self.shares.append(tuple(e.prompt.slot for e in share))
+        ((share,), _, baseline, token) = arguments[0]
+        self.shares.append(tuple(e.prompt.slot for unit in share for e in unit))
         self.tokens.append(token)
         self.baselines.append(baseline)
         if len(self.tokens) in self.die_at:
@@ -114,13 +116,14 @@ def _tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     accountant = AccountantActor(str(tmp_path / "ledger.db"))
-    accountant.declare("notes", "rl", STEP, 8.0, 1e-5)
+    accountant.declare([Declaration("notes", "rl", STEP, 8.0, 1e-5)])
     found = World(tmp_path, accountant)
     plain = SimpleNamespace(get=lambda x: x, put=lambda x: x, exceptions=ray.exceptions)
-    monkeypatch.setattr(pipeline, "ray", plain)
-    monkeypatch.setattr(pipeline, "ask", lambda actor, method, *a, **k: getattr(actor, method).remote(*a))
-    monkeypatch.setattr(pipeline, "Gauges", lambda name: Quiet())
-    monkeypatch.setattr(pipeline, "poisson_draw", found.draw)
+    monkeypatch.setattr(stage_run, "ray", plain)
+    monkeypatch.setattr(collect, "ray", plain)
+    monkeypatch.setattr(stage_run, "ask", lambda actor, method, *a, **k: getattr(actor, method).remote(*a))
+    monkeypatch.setattr(stage_run, "Gauges", lambda name: Quiet())
+    monkeypatch.setattr(stage_run, "poisson_draw", found.draw)
     return found
 
 
@@ -134,9 +137,12 @@ def _run(world: World, attempts: int) -> None:
         "stages": [{"data": "notes", "privacy": {"epsilon": 8.0, "expected_batch": 20, "steps": STEP.steps}}],
     }
     config = config_file.parse(tree)
-    prompts = Prompts(tuple(Prompt(i, (i + 10,), f"record {i}") for i in range(STEP.population)), 0)
+    items = tuple(Experience(Prompt(i, (i + 10,), f"record {i}"), (), ()) for i in range(STEP.population))
+    data = StageData(Records(items, 0), tuple((i,) for i in range(len(items))), 1, None)
     plan = StagePlan("rl", "rl", "notes", STEP, None, 8.0, 1e-5)
-    roles = pipeline.Roles(Direct(world.accountant), Direct(world), world, world)  # type: ignore[arg-type]
+    roles = stage_run.Roles(Direct(world.accountant), world, world, Direct(world))  # type: ignore[arg-type]
+    prompts = load_public_prompts(config.evaluation, _tokenizer, None, 0, config.data["notes"])
+    source = collect.Rollouts(config.stages[0], world, Direct(world), prompts)  # type: ignore[arg-type]
     published = 0
 
     def on_step(attempt: int, _: Any) -> None:
@@ -146,7 +152,7 @@ def _run(world: World, attempts: int) -> None:
             raise Enough
 
     with pytest.raises(Enough):
-        pipeline._rl(config, 0, plan, RunDir(world.folder), roles, prompts, _tokenizer, Quiet(), on_step)  # type: ignore[arg-type]
+        stage_run.run_stage(config, 0, plan, RunDir(world.folder), roles, data, source, Quiet(), on_step)  # type: ignore[arg-type]
 
 
 def test_nothing_private_is_touched_before_its_charge_is_on_disk(world: World) -> None:
@@ -193,14 +199,52 @@ def test_a_prompt_without_completions_is_null_and_shifts_nobody_s_reward(monkeyp
     stage = RLStage.model_validate({
         "privacy": {"epsilon": 1.0}, "algorithm": {"kind": "rloo", "completions_per_prompt": 2},
     })  # fmt: skip
-    drawn = [Prompt(i, (i + 1,), str(i)) for i in range(4)]
+    drawn = [(Experience(Prompt(i, (i + 1,), str(i)), (), ()),) for i in range(4)]
 
     def generate(prompts: Any, group: int) -> list[list[Completion]]:
         return [[] if p == (2,) else [Completion((g,), f"{p[0]}.{g}", False, 0) for g in range(group)] for p in prompts]
 
-    score = SimpleNamespace(remote=lambda pairs: [float(text) for _, text in pairs])
-    monkeypatch.setattr(pipeline, "ray", SimpleNamespace(get=lambda x: x))
-    roles: Any = SimpleNamespace(fleet=SimpleNamespace(generate=generate), scorer=SimpleNamespace(score=score))
-    done = pipeline.rollout(drawn, stage, roles)
+    score = SimpleNamespace(remote=lambda texts: [float(text) for _, text, _ in texts])
+    monkeypatch.setattr(collect, "ray", SimpleNamespace(get=lambda x: x))
+    fleet, scorer = SimpleNamespace(generate=generate), SimpleNamespace(score=score)
+    source = collect.Rollouts(stage, fleet, scorer, [])  # type: ignore[arg-type]
+    done = [e for unit in source.collect(drawn) for e in unit]
     assert [e.is_null for e in done] == [False, True, False, False]
     assert [[r.reveal() for r in e.rewards if r] for e in done] == [[1.0, 1.1], [], [3.0, 3.1], [4.0, 4.1]]
+
+
+def test_a_user_s_completions_come_back_to_that_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """False: records move from one unit to another, which then has more influence than is accounted for."""
+    stage = RLStage.model_validate({"privacy": {"epsilon": 1.0}})
+    slots = [(0, 1), (), (2,), (3, 4, 5)]
+    drawn = [tuple(Experience(Prompt(i, (i + 1,), str(i)), (), ()) for i in unit) for unit in slots]
+    generate = lambda prompts, group: [[Completion(p, str(p[0]), True, 0)] for p in prompts]  # noqa: E731
+    score = SimpleNamespace(remote=lambda texts: [float(text) for _, text, _ in texts])
+    monkeypatch.setattr(collect, "ray", SimpleNamespace(get=lambda x: x))
+    source = collect.Rollouts(stage, SimpleNamespace(generate=generate), SimpleNamespace(score=score), [])  # type: ignore[arg-type]
+    units = source.collect(drawn)
+    assert [tuple(e.prompt.slot for e in unit) for unit in units] == slots
+    assert all(e.rewards[0].reveal() == e.prompt.slot + 1 for unit in units for e in unit if e.rewards[0])
+
+
+def test_penalties_are_the_completion_s_own() -> None:
+    """False: a length penalty or that for a missing end is not applied, or applied to completions that ended."""
+    scorer = ScorerConfig(length_penalty=0.1, missing_eos_penalty=0.5)
+    assert collect.penalty(scorer, Completion((1, 2, 3), "", True, 0)) == pytest.approx(0.3)
+    assert collect.penalty(scorer, Completion((1, 2, 3), "", False, 0)) == pytest.approx(0.8)
+
+
+def test_a_drawn_user_brings_own_records_only_and_at_most_so_many() -> None:
+    """False: a draw holds records of users that were not drawn, or one user brings more than is said."""
+    items = tuple(Experience(Prompt(i, (i + 10,), ""), (), ()) for i in range(10))
+    users = ((0, 3, 4, 9), (1,), (2, 5, 6, 7, 8))
+    data = StageData(Records(items, 0), users, 2, None)
+    plan = StagePlan("rl", "rl", "notes", replace(STEP, unit="user", population=3, sampling_rate=1.0), None, 8.0, 1e-5)
+    seen: set[int] = set()
+    for _ in range(100):
+        units = stage_run.draw(data, plan)
+        slots = [tuple(e.prompt.slot for e in unit) for unit in units]
+        assert [len(s) for s in slots] == [2, 1, 2]
+        assert all(set(s) <= set(own) and len(set(s)) == len(s) for s, own in zip(slots, users, strict=True))
+        seen.update(s for unit in slots for s in unit)
+    assert seen == set(range(10))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dprlhf_ray.privacy import budget
+from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.composition import NO_IDS, OTHER_RUN, Composition, Part, compose
 from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.mechanism import DPStep
@@ -14,7 +15,7 @@ from dprlhf_ray.privacy.permit import Permit, PermitOffice
 
 
 class Reservation(NamedTuple):
-    """A charged attempt: the token to redeem, the attempt (from 1), epsilon spent so far (None: clip only)."""
+    """A charged attempt: the token to redeem, the attempt (from 1), epsilon spent so far (None: there is none)."""
 
     token: str
     attempt: int
@@ -37,20 +38,9 @@ class AccountantActor:
         self._ledger = Ledger.open(url, key_path, anchor=anchor, anchor_file=anchor_file)
         self._office = PermitOffice()
 
-    def declare(
-        self,
-        dataset: str,
-        stage: str,
-        step: DPStep,
-        epsilon: float | None,
-        delta: float,
-        allow_large_delta: bool = False,
-        adaptive: bool = False,
-    ) -> None:
-        """Record a stage's schedule; see `Ledger.declare`."""
-        self._ledger.declare(
-            dataset, stage, step, epsilon, delta, allow_large_delta=allow_large_delta, adaptive=adaptive
-        )
+    def declare(self, declarations: Sequence[Declaration], public: Collection[str] = ()) -> None:
+        """Record the schedules of all stages of a run, or none of them; see `Ledger.declare`."""
+        self._ledger.declare(declarations, public)
 
     def set_budget(self, dataset: str, epsilon: float, delta: float) -> None:
         """Bound everything declared on a data set; see `Ledger.set_budget`. A raise is not made by a run."""
@@ -80,7 +70,7 @@ class AccountantActor:
         return self._office.redeem(token, incarnation, message_id)
 
     def epsilon_spent(self, stage: str) -> float | None:
-        """Epsilon of what is charged so far, never above the target; None for clip only. For the meter."""
+        """Epsilon of what is charged so far, never above the target; None where there is none. For the meter."""
         return budget.meter(self._ledger.schedule(stage))
 
     def unit_key(self) -> bytes:
@@ -98,11 +88,11 @@ class AccountantActor:
             this_run_only: leave the stages of other runs out.
 
         Raises:
-            ConfigError: nothing was declared on this data set.
+            ConfigError: nothing private was declared on this data set.
         """
         parts = []
         for s in self._ledger.schedules().values():
-            if s.dataset == dataset and (s.stage in units or not this_run_only):
+            if s.dataset == dataset and not s.public and (s.stage in units or not this_run_only):
                 found = units.get(s.stage)
                 why = NO_IDS if s.stage in units else OTHER_RUN
                 parts.append(Part(s.stage, s.step, found, why, s.alpha, s.rho_budget))
@@ -118,6 +108,7 @@ class AccountantActor:
                 "epsilon": s.epsilon,
                 "epsilon_spent": budget.meter(s),
                 "delta": s.delta,
+                "guarantee": s.guarantee,
             }
             for name, s in self._ledger.schedules().items()
         }

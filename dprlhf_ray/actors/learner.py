@@ -1,4 +1,4 @@
-"""One rank of the learner group: DeepSpeed around the policy, and the order of one DP step.
+"""One rank of the learner group: DeepSpeed around the model, and the order of one DP step.
 
 The optimizer's gradient is written exactly once per update, from a noised value: the backward pass that DeepSpeed sees
 is that of the surrogate sum_i <p_i, g_i>, whose gradient with respect to p is the noised g itself. Raw per-record
@@ -27,17 +27,16 @@ from torch import Tensor
 
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.models import adapters
-from dprlhf_ray.models.embedded import resolve_model
 from dprlhf_ray.models.optimizer import build_optimizer, set_lr
-from dprlhf_ray.models.policy import Policy, export, load_policy, sync_names, sync_weights
+from dprlhf_ray.models.policy import sync_weights
 from dprlhf_ray.privacy.mechanism import DPStep
 from dprlhf_ray.privacy.noise import noise_gradient, noise_metrics
 from dprlhf_ray.privacy.per_unit import Recorder
 from dprlhf_ray.privacy.permit import Permit
 from dprlhf_ray.privacy.release import Released, release_means
-from dprlhf_ray.records import Experience
-from dprlhf_ray.stages import batching
-from dprlhf_ray.stages.rl import Draw, RLObjective
+from dprlhf_ray.records import Experience, Unit
+from dprlhf_ray.stages import batching, build
+from dprlhf_ray.stages.objective import Draw
 
 CHECK_SEQUENCES = 6  # public sequences on which engines and learner are compared after each sync
 GRADIENT_BYTES = 256 << 20  # per-record gradients held at once; speed and memory only
@@ -49,13 +48,17 @@ if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """What a rank needs to build itself: public settings only."""
+    """What a rank needs to build itself: public settings only.
+
+    start: folder of the weights that the stage starts from.
+    """
 
     config: RunConfig
     stage_index: int
     step: DPStep
     run_dir: str
     public_sequences: tuple[tuple[int, ...], ...]
+    start: str
 
 
 class WriteCheckFailed(RuntimeError):
@@ -74,57 +77,51 @@ class Learner:
         torch.manual_seed(config.seed)
         from transformers import AutoTokenizer
 
-        self.base_path = resolve_model(config.model.name)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.base_path)
+        self.tokenizer = AutoTokenizer.from_pretrained(spec.start)
         pad = self.tokenizer.pad_token_id
         self.pad_id = int(pad if pad is not None else self.tokenizer.eos_token_id)
-        with_values = self.stage.algorithm.kind == "ppo"
-        policy = load_policy(self.base_path, config.model, config.seed, with_values, config.rollout.max_model_len)
-        if config.model.adapter.kind == "steering":
-            adapters.point_at_mean_input(policy.model, spec.public_sequences)
+        model = build.build_model(config, self.stage, spec.start, spec.public_sequences)
         if config.learner.gradient_checkpointing:
-            policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-            policy.causal_lm.train()
+            model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator, union-attr]
+            model.causal_lm.train()  # type: ignore[union-attr]
         if config.learner.use_gpu:
-            policy = policy.cuda()
-        trainable = [p for p in policy.parameters() if p.requires_grad]
+            model = model.cuda()
+        trainable = [p for p in model.parameters() if p.requires_grad]
         noise_std = spec.step.noise_multiplier * spec.step.clip_norm / spec.step.expected_batch
         self.optimizer = build_optimizer(trainable, self.stage.optimizer, noise_std)
         self.engine, *_ = deepspeed.initialize(
-            model=policy,
+            model=model,
             optimizer=self.optimizer,
             config=_deepspeed_config(config, self.world),
             dist_init_required=False,
         )
-        self.policy: Policy = self.engine.module
-        self.recorder = Recorder(self.policy)
-        self.objective = RLObjective(self.policy, self.stage, self.recorder, self._reference())
+        self.model: Any = self.engine.module
+        self.recorder = Recorder(self.model)
+        reference = build.build_reference(config, self.stage, spec.start)
+        if reference is not None:
+            reference = reference.to(self.engine.device)
+        self.objective = build.build_objective(self.stage, self.model, self.recorder, reference)
         self.version = 0
-
-    def _reference(self) -> Policy | None:
-        """A frozen copy of the start, only where there is no adapter to switch off."""
-        config = self.spec.config
-        if config.model.adapter.kind != "full" or not self.stage.algorithm.kl_coef:
-            return None
-        return load_policy(self.base_path, config.model, config.seed).requires_grad_(False).to(self.engine.device)
 
     # ------------------------------------------------------------------------------------------------- the DP step
 
-    def update(self, experiences: Sequence[Experience], baseline: float, redeem: Any) -> list[Released]:
+    def update(self, units: Sequence[Unit], attempt: int, baseline: float, redeem: Any) -> list[Released]:
         """One draw: K updates, each clipped, summed over ranks, noised once, divided by the public expected batch.
 
         Args:
-            experiences: this rank's share of the draw. PRIVATE.
+            units: this rank's share of the draw. PRIVATE.
+            attempt: counted from 1; for schedules.
             baseline: a public constant or a released value.
             redeem: () -> Permit, called on rank 0 only, just before the first noise is drawn.
 
         Returns:
             The metrics released with this draw (rank 0; empty elsewhere, and where none were charged).
         """
-        stale = [c.version for e in experiences for c in e.completions if c.version != self.version]
+        versions = (c.version for unit in units for e in unit for c in e.completions)
+        stale = [v for v in versions if v not in (None, self.version)]
         if stale:
             raise RuntimeError(f"completions of weight version {stale[0]} reached a learner at version {self.version}")
-        draw = Draw(self._micro_batches(experiences), baseline)
+        draw = Draw(self._micro_batches(units), attempt, baseline)
         measured = self.spec.step.metric_noise_multiplier is not None
         permit: Permit | None = None
         released: list[Released] = []
@@ -151,13 +148,21 @@ class Learner:
             raise RuntimeError("the permit is for another clip norm or number of updates; nothing was released")
         return permit
 
-    def _micro_batches(self, experiences: Sequence[Experience]) -> list[batching.MicroBatch]:
-        group = self.stage.algorithm.completions_per_prompt
+    def _micro_batches(self, units: Sequence[Unit]) -> list[batching.MicroBatch]:
+        group = build.group_of(self.stage)
         max_units = max(1, GRADIENT_BYTES // (4 * self.recorder.dimension))
-        batches = batching.plan(experiences, group, self.spec.config.learner.micro_batch_tokens, max_units, self.pad_id)
+        batches = batching.plan(units, group, self.spec.config.learner.micro_batch_tokens, max_units, self.pad_id)
         count = torch.tensor(len(batches), device=self.engine.device)
         dist.all_reduce(count, dist.ReduceOp.MAX)
         return batches + [batching.empty(group, self.pad_id)] * (int(count) - len(batches))
+
+    def evaluate(self, public: Sequence[Experience]) -> list[float]:
+        """Quality of the present weights on each of these PUBLIC records, in their order; every rank computes all."""
+        units = [(e,) for e in public]
+        tokens, group = self.spec.config.learner.micro_batch_tokens, build.group_of(self.stage)
+        batches = batching.plan(units, group, tokens, len(units), self.pad_id)
+        found = torch.cat([self.objective.quality(b.to(self.engine.device)) for b in batches]).tolist()
+        return [value for _, value in sorted(zip(batching.order(units), found, strict=True))]
 
     def _sum_to_first(self, x: Tensor) -> None:
         if self.world > 1:
@@ -195,8 +200,8 @@ class Learner:
 
     def weights(self) -> tuple[int, dict[str, Tensor]]:
         """(version, changed weights merged, by Hugging Face name) as the rollout engines take them."""
-        with self._gathered(list(self.policy.parameters())):
-            return self.version, sync_weights(self.policy, getattr(torch, self.spec.config.model.dtype))
+        with self._gathered(list(self.model.parameters())):
+            return self.version, sync_weights(self.model, getattr(torch, self.spec.config.model.dtype))
 
     def public_log_probs(self) -> list[list[float]]:
         """log-probabilities of tokens 1.. of the fixed public sequences, under the current weights."""
@@ -204,15 +209,15 @@ class Learner:
         width = max(len(s) for s in sequences)
         ids = torch.tensor([[*s, *[self.pad_id] * (width - len(s))] for s in sequences], device=self.engine.device)
         with torch.no_grad():
-            scored = self.policy(ids, torch.ones(len(ids), dtype=torch.long, device=ids.device), ids[:, 1:])
+            scored = self.model(ids, torch.ones(len(ids), dtype=torch.long, device=ids.device), ids[:, 1:])
         return [row[: len(s) - 1] for row, s in zip(scored.log_probs.tolist(), sequences, strict=True)]
 
     def export(self, folder: str) -> None:
         """Write the released model (adapter, merged model, tokenizer); rank 0 writes."""
-        with self._gathered(list(self.policy.parameters())):
+        with self._gathered(list(self.model.parameters())):
             if self.rank == 0:
-                model = self.spec.config.model
-                export(self.policy, self.base_path, model.name, model, self.tokenizer, Path(folder))
+                config = self.spec.config
+                build.write_model(config, self.stage, self.model, self.spec.start, self.tokenizer, Path(folder))
         dist.barrier()
 
     # ------------------------------------------------------------------------------------------------ checkpoints
@@ -222,8 +227,8 @@ class Learner:
         root = Path(self.spec.run_dir) / "checkpoints" / self.stage.name
         final, partial = root / f"version-{self.version:06d}", root / f".partial-{self.version:06d}"
         self.engine.save_checkpoint(str(partial), tag="state", exclude_frozen_parameters=True, save_latest=False)
-        with self._gathered(list(self.policy.parameters())):
-            frozen = adapters.frozen_parts(self.policy) if self.rank == 0 else {}
+        with self._gathered(list(self.model.parameters())):
+            frozen = adapters.frozen_parts(self.model) if self.rank == 0 else {}
         dist.barrier()
         if self.rank == 0:
             if frozen:
@@ -254,8 +259,8 @@ class Learner:
             if meta[key] != value:
                 raise RuntimeError(f"checkpoint {folder} was written with {key} {meta[key]}, this run has {value}")
         if (folder / "frozen.safetensors").exists():
-            with self._gathered([p for p in self.policy.parameters() if not p.requires_grad], modify=True):
-                adapters.load_frozen_parts(self.policy, load_file(folder / "frozen.safetensors"))
+            with self._gathered([p for p in self.model.parameters() if not p.requires_grad], modify=True):
+                adapters.load_frozen_parts(self.model, load_file(folder / "frozen.safetensors"))
         path, _ = self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
         if path is None:
             raise RuntimeError(f"checkpoint {folder} cannot be read")
@@ -263,7 +268,7 @@ class Learner:
         return self.version
 
     def info(self) -> dict[str, Any]:
-        return {"version": self.version, "trainable": self.recorder.dimension, "sync_names": sync_names(self.policy)}
+        return {"version": self.version, "trainable": self.recorder.dimension}
 
 
 def _deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:

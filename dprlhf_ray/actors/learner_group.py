@@ -136,14 +136,14 @@ def _worker(config: dict[str, Any]) -> None:
 
 def _execute(learner: Any, method: str, arguments: tuple[Any, ...], accountant: Any, incarnation: str) -> Any:
     if method == "update":
-        (share,), baseline, token = arguments  # the share is a reference inside a list: fetched by its rank only
-        experiences = ray.get(share)
+        (share,), attempt, baseline, token = arguments  # a reference inside a list: fetched by its rank only
+        units = ray.get(share)
 
         def redeem() -> Any:
             return ray.get(accountant.redeem.remote(token, incarnation, secrets.token_hex(8)))
 
         try:
-            released = learner.update(experiences, baseline, redeem)
+            released = learner.update(units, attempt, baseline, redeem)
         except DprlhfError:  # one of our own: it quotes nothing
             raise
         except Exception as e:  # Ray Train logs whatever ends a worker, and this one's message may quote a record
@@ -151,13 +151,15 @@ def _execute(learner: Any, method: str, arguments: tuple[Any, ...], accountant: 
         return released, *_version(learner)
     if method == "publish":
         return [], *_version(learner)
-    if method in ("save", "export", "info"):
+    if method in ("save", "export", "evaluate"):
         return getattr(learner, method)(*arguments)
     raise ValueError(f"unknown command {method}")
 
 
 def _version(learner: Any) -> tuple[int, Any, list[list[float]]]:
-    """(version, reference to the changed weights, log-probabilities of the public sequences)."""
+    """(version, reference to the changed weights, log-probabilities of the public sequences): what engines need."""
+    if learner.stage.kind != "rl":
+        return learner.version, None, []
     version, weights = learner.weights()
     return version, ray.put(weights) if learner.rank == 0 else None, learner.public_log_probs()
 

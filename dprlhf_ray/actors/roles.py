@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -44,10 +46,14 @@ def ask(accountant: Any, method: str, *arguments: Any, patience: float = 120.0) 
             time.sleep(0.2)
 
 
-def start_scorer(stage: RLStage, namespace: str) -> Any:
-    """A stateless scorer; its calls may be repeated, so Ray retries them after a restart."""
+def start_scorer(stage: RLStage, models: Mapping[str, Path], namespace: str) -> Any:
+    """A stateless scorer; its calls may be repeated, so Ray retries them after a restart.
+
+    Args:
+        models: folders of this run's reward models, by stage.
+    """
     return (
         ray.remote(ScorerActor)
         .options(name=f"scorer-{stage.name}", namespace=namespace, num_cpus=0, max_restarts=-1, max_task_retries=-1)
-        .remote(stage.scorer)
+        .remote(stage.scorer, dict(models))
     )

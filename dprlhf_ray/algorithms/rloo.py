@@ -3,24 +3,17 @@ other completions. It stays inside the record, so it couples nobody."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from dprlhf_ray.algorithms.base import Batch
-from dprlhf_ray.algorithms.reinforce import policy_gradient
+from dprlhf_ray.algorithms.base import Algorithm, Batch, group_centred
 
 
-@dataclass(frozen=True)
-class RLOO:
-    kl_coef: float = 0.0
-    needs_value: bool = False
-
+class RLOO(Algorithm):
     def loss(self, batch: Batch) -> Tensor:
-        return policy_gradient(batch, leave_one_out(batch.rewards), self.kl_coef)
+        return self.policy_loss(batch, leave_one_out(self.rewards(batch)).unsqueeze(-1))
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
     """A_i = r_i - mean_{j != i} r_j (eq. 8). (U, G) -> (U, G); G >= 2."""
     g = rewards.shape[1]
-    return (rewards - rewards.mean(1, keepdim=True)) * (g / (g - 1))
+    return group_centred(rewards) * (g / (g - 1))

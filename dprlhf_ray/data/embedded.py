@@ -7,6 +7,10 @@ Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014). The 
 The file holds the favourable reviews first (rows 0 to about 5,150), then the others, and neighbouring snippets can come
 from one review. So the public part is one contiguous block at the end of each half, and a gap of rows that nobody uses
 keeps the two parts from sharing a review.
+
+Pairs are made of the same rows: row i of a part's favourable block with row i of its other block, a pairing that
+depends on row numbers only. Chosen is the one that people rated higher. A pair's text, which stages of other kinds
+read, is its first snippet, whichever is the better. Reviews and pairs of one part are the same data under other ids.
 """
 
 from __future__ import annotations
@@ -26,12 +30,19 @@ from dprlhf_ray.errors import ConfigError
 
 MOVIE_REVIEWS = "embedded:movie-reviews"
 PUBLIC_OPENINGS = "embedded:public-openings"
+REVIEW_PAIRS = "embedded:review-pairs"
+PUBLIC_PAIRS = "embedded:public-pairs"
 
 _GAP = 5
 _PUBLIC_BLOCKS = (range(4350, 5150), range(9805, 10605))
 _PRIVATE_BLOCKS = (range(0, 4350 - _GAP), range(5150 + _GAP, 9805 - _GAP))
 ROWS = 10_605
-POPULATION = {MOVIE_REVIEWS: sum(map(len, _PRIVATE_BLOCKS)), PUBLIC_OPENINGS: sum(map(len, _PUBLIC_BLOCKS))}
+POPULATION = {
+    MOVIE_REVIEWS: sum(map(len, _PRIVATE_BLOCKS)),
+    REVIEW_PAIRS: min(map(len, _PRIVATE_BLOCKS)),
+    PUBLIC_OPENINGS: sum(map(len, _PUBLIC_BLOCKS)),
+    PUBLIC_PAIRS: min(map(len, _PUBLIC_BLOCKS)),
+}
 
 _PACKAGE = "vaderSentiment==3.3.2"
 _SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -52,11 +63,32 @@ def prepare_reviews() -> Path:
 
 
 def read_embedded(source: str) -> list[dict[str, Any]]:
-    """Rows {"id", "text", "rating"} of one embedded part, `MOVIE_REVIEWS` or `PUBLIC_OPENINGS`, in file order."""
+    """Rows of one embedded part in file order: {"id", "text", "rating"}, or of pairs {"id", "text", "chosen",
+    "rejected"} with null responses where the two are rated alike."""
     with prepare_reviews().open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    blocks = _PRIVATE_BLOCKS if source == MOVIE_REVIEWS else _PUBLIC_BLOCKS
-    return [rows[row] for block in blocks for row in block]
+    private = source in (MOVIE_REVIEWS, REVIEW_PAIRS)
+    first, second = ([rows[row] for row in block] for block in (_PRIVATE_BLOCKS if private else _PUBLIC_BLOCKS))
+    if source in (REVIEW_PAIRS, PUBLIC_PAIRS):
+        return [_pair(a, b, i % 2 == 0) for i, (a, b) in enumerate(zip(first, second, strict=False))]
+    return first + second
+
+
+def part(source: str) -> str:
+    """The embedded source that holds the same snippets as single rows."""
+    return {REVIEW_PAIRS: MOVIE_REVIEWS, PUBLIC_PAIRS: PUBLIC_OPENINGS}.get(source, source)
+
+
+def _pair(a: dict[str, Any], b: dict[str, Any], favourable: bool) -> dict[str, Any]:
+    """favourable: whether the text is that of the favourable part; by row number, as all else of the pairing."""
+    worse, better = sorted((a, b), key=lambda row: float(row["rating"]))
+    alike = a["rating"] == b["rating"]
+    return {
+        "id": f"{a['id']}-{b['id']}",
+        "text": (a if favourable else b)["text"],
+        "chosen": None if alike else better["text"],
+        "rejected": None if alike else worse["text"],
+    }
 
 
 def _build(target: Path) -> None:

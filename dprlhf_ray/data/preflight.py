@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dprlhf_ray.config import AdapterConfig, DataConfig, RLStage, RunConfig
-from dprlhf_ray.data.columns import check_embedded, file_path, is_file_source, read_prompt_column, read_unit_ids
-from dprlhf_ray.data.embedded import POPULATION
+from dprlhf_ray.config import AdapterConfig, AnyStage, RunConfig
+from dprlhf_ray.data.columns import (
+    check_embedded,
+    file_path,
+    is_file_source,
+    read_public_responses,
+    read_table,
+    unit_ids,
+)
+from dprlhf_ray.data.embedded import part
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.models.embedded import embedded_model_ready, looks_local
-from dprlhf_ray.stages.scoring import build_scorer
+from dprlhf_ray.stages.scoring import check_scorer
 
 _GIB = 2**30
 _PROCESS_GIB = 1.0  # the libraries of one learner worker or engine, without weights
@@ -41,8 +48,9 @@ class ModelFacts:
 class Facts:
     """What preflight learned, all of it public or operational.
 
-    populations: rows of each private data set by its declared name; a hub data set is missing until it is downloaded.
-    population: rows of the first stage's data set (None: not known yet). model: None for a hub model.
+    populations: what is sampled of each data set that a stage uses, by its key: rows, or users where they are the unit;
+    a hub data set is missing until it is downloaded. population: of the first stage's data set (None: not known yet).
+    model: None for a hub model.
     memory_needed, memory_available: GiB on this machine, estimates (needed is None where unknown).
     """
 
@@ -83,12 +91,13 @@ def preflight(config: RunConfig, output: Path | None = None, available_gib: floa
             f"{config.learner.num_workers} learner and {config.rollout.replicas} rollout processes, there are "
             f"{available:.1f} GiB: use a smaller model, fewer processes or a cluster (ray.address)"
         )
-    populations = {name: size for name, data in config.data.items() if (size := _population(data)) is not None}
+    populations = {name: size for name in config.data if (size := _population(config, name)) is not None}
     for stage in config.stages:
-        build_scorer(stage.scorer)
+        if stage.kind == "rl":
+            check_scorer(stage.scorer)
         if stage.data in populations:
             check_population(stage, expected_population(config, stage, populations))
-    _check_evaluation(config)
+    _check_sources(config)
     if config.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "tracking.wandb_project: the package wandb is not installed: pip install wandb, or leave it out"
@@ -96,31 +105,36 @@ def preflight(config: RunConfig, output: Path | None = None, available_gib: floa
     return Facts(populations, populations.get(config.stages[0].data), model, needed, available)
 
 
-def expected_population(config: RunConfig, stage: RLStage, populations: Mapping[str, int]) -> int:
-    """Units that a stage will see: all of its data set's, or about its partition's share (exact once the ledger's key,
-    which assigns them, exists)."""
+def expected_population(config: RunConfig, stage: AnyStage, populations: Mapping[str, int]) -> int:
+    """What a stage will sample from: all of its data set, or about its partition's share (exact once the ledger's key,
+    which assigns units, exists)."""
     whole = populations[stage.data]
     fraction = config.data[stage.data].partitions[stage.partition] if stage.partition else 1.0
     return max(1, round(fraction * whole))
 
 
-def check_population(stage: RLStage, size: int) -> None:
+def samples_users(stage: AnyStage) -> bool:
+    """Whether users are what is sampled: not where `records_per_user` says that their records are."""
+    return stage.privacy.unit == "user" and stage.privacy.records_per_user is None
+
+
+def check_population(stage: AnyStage, size: int) -> None:
     """Refuse a draw larger than the data set and delta >= 1/N (declared N under add_remove).
 
     Raises:
         ConfigError: with the bound that would be right.
     """
-    privacy = stage.privacy
+    privacy, what = stage.privacy, "users" if samples_users(stage) else "records"
     n = privacy.declared_size if privacy.adjacency == "add_remove" and privacy.declared_size else size
     if privacy.expected_batch > n:
         raise ConfigError(
             f"stage {stage.name!r}: privacy.expected_batch is {privacy.expected_batch}, but data set {stage.data!r} "
-            f"has {n} records: use at most {n}"
+            f"has {n} {what}: use at most {n}"
         )
     if privacy.mode == "dp" and privacy.delta >= 1 / n and not privacy.allow_large_delta:
         raise ConfigError(
             f"stage {stage.name!r}: privacy.delta is {privacy.delta:g}, which is not below 1/N = {1 / n:.2g} for data "
-            f"set {stage.data!r} ({n} records): use a smaller delta, or set allow_large_delta"
+            f"set {stage.data!r} ({n} {what}): use a smaller delta, or set allow_large_delta"
         )
 
 
@@ -192,19 +206,22 @@ def _check_model(config: RunConfig, model: ModelFacts) -> None:
             f"rollout.max_model_len: {config.rollout.max_model_len} tokens, but {config.model.name} takes at most "
             f"{model.max_positions}: use at most that"
         )
-    adapter: AdapterConfig = config.model.adapter
+    for i, stage in enumerate(config.stages):
+        key = "model.adapter" if stage.adapter is None else f"stages.{i}.adapter"
+        _check_adapter(key, config.adapter_of(stage), config.model.name, model)
+
+
+def _check_adapter(key: str, adapter: AdapterConfig, name: str, model: ModelFacts) -> None:
     if adapter.kind == "full":
         return
     depth = 1 + max((int(part) for n in model.linears for part in n.split(".") if part.isdigit()), default=-1)
     if adapter.layers is not None and max(adapter.layers) >= depth:
-        raise ConfigError(
-            f"model.adapter.layers: {max(adapter.layers)} is no layer of {config.model.name}: give 0 to {depth - 1}"
-        )
+        raise ConfigError(f"{key}.layers: {max(adapter.layers)} is no layer of {name}: give 0 to {depth - 1}")
     blocks = {n.rsplit(".", 1)[-1] for n in model.linears if any(part.isdigit() for part in n.split("."))}
     for target in adapter.target_modules:
         if not any(n == target or n.endswith(f".{target}") for n in model.linears):
             raise ConfigError(
-                f"model.adapter.target_modules: {target!r} matches no layer of {config.model.name}; "
+                f"{key}.target_modules: {target!r} matches no layer of {name}; "
                 f"its linear layers are: {', '.join(sorted(blocks))}"
             )
 
@@ -212,8 +229,9 @@ def _check_model(config: RunConfig, model: ModelFacts) -> None:
 def _memory_needed(config: RunConfig, model: ModelFacts) -> float:
     """GiB on this machine at the least: weights (training state for kind full), KV caches, libraries."""
     width = 2 if config.model.dtype == "bfloat16" else 4
+    full = any(config.adapter_of(stage).kind == "full" for stage in config.stages)
     # full: float32 weights, summed gradient and two AdamW moments; an adapter's own share is negligible.
-    learner = model.parameters * (16 if config.model.adapter.kind == "full" else width) / _GIB + _PROCESS_GIB
+    learner = model.parameters * (16 if full else width) / _GIB + _PROCESS_GIB
     engine = model.parameters * width / _GIB + _PROCESS_GIB
     if config.rollout.engine == "vllm":
         engine += config.rollout.kv_cache_gib
@@ -222,40 +240,80 @@ def _memory_needed(config: RunConfig, model: ModelFacts) -> float:
     return learners * learner + engines * engine
 
 
-def _population(data: DataConfig) -> int | None:
-    if data.source.startswith("embedded:"):
-        check_embedded(data.source)
-        return POPULATION[data.source]
-    if not is_file_source(data.source):
+def _population(config: RunConfig, name: str) -> int | None:
+    """Rows or users of a data set, whose columns are checked for each kind of stage that uses it; None: not known."""
+    data, stages = config.data[name], [s for s in config.stages if name in (s.data, s.heldout)]
+    users = {s.privacy.unit for s in stages if s.data == name}
+    if len(users) > 1:
+        raise ConfigError(f"data.{name}: stages with unit record and unit user: one data set has one unit")
+    _check_there(data.source)
+    if not stages or not _is_here(data.source):
         return None
-    read_unit_ids(data)  # two rows of one unit are refused before anything starts
-    return len(read_prompt_column(data))
+    table = read_table(data, dict.fromkeys(s.kind for s in stages))
+    ids = unit_ids(data, table, "user" if "user" in users else "record") if users else None  # heldout: nobody's
+    if data.rejected_source is not None:
+        _check_there(data.rejected_source)
+        if _is_here(data.rejected_source):
+            read_public_responses(data)
+    if any(samples_users(s) for s in stages if s.data == name):
+        return len({u for u in ids or () if u is not None})
+    return table.rows
 
 
-def _check_evaluation(config: RunConfig) -> None:
-    source = config.evaluation.source
+def _check_there(source: str) -> None:
     if source.startswith("embedded:"):
         check_embedded(source)
     elif is_file_source(source):
         file_path(source)
-    seen: dict[str, str] = {}
+
+
+def _check_sources(config: RunConfig) -> None:
+    """No source is private and public, or pays under two names, or counts its units by two kinds of ids."""
+    _check_there(config.evaluation.source)
+    public = {_key(config.evaluation.source, config.evaluation.split): "evaluation.source"}
     for name, data in config.data.items():
-        if _same(data.source) == _same(source):
+        if data.rejected_source is not None:
+            public.setdefault(_key(data.rejected_source, data.split), f"data.{name}.rejected_source")
+    keys = {name: _key(data.source, data.split) for name, data in config.data.items()}
+    declared_public = {keys[name]: name for name, data in config.data.items() if data.public}
+    first: dict[str, str] = {}
+    kinds: dict[str, str] = {}
+    for name, data in config.data.items():
+        if data.public:
+            continue
+        if (where := public.get(keys[name])) is not None:
             raise ConfigError(
-                f"evaluation.source: {source} is also the private data set {name!r}: evaluation needs public prompts"
+                f"{where}: {data.source} is also the private data set {name!r}: evaluation needs public prompts"
+                if where == "evaluation.source"
+                else f"{where}: {data.source} is also the private data set {name!r}: give a public source"
             )
-        key = f"{_same(data.source)} {'' if is_file_source(data.source) else data.split}"
-        declared = config.dataset_of(name)
-        if seen.setdefault(key, declared) != declared:
+        if (other := declared_public.get(keys[name])) is not None:
+            raise ConfigError(f"data: {name!r} and {other!r} are one source, which cannot be both private and public")
+        other = first.setdefault(keys[name], name)
+        if config.dataset_of(other) != config.dataset_of(name):
             raise ConfigError(
-                f"data: {seen[key]!r} and {declared!r} are one source; give both keys one `dataset`, so that its "
-                "charges add up"
+                f"data: {config.dataset_of(other)!r} and {config.dataset_of(name)!r} are one source; give both keys "
+                "one `dataset`, so that its charges add up"
+            )
+        kind = data.source if data.source.startswith("embedded:") else data.unit_column
+        if kind is not None and kinds.setdefault(keys[name], kind) != kind:
+            raise ConfigError(
+                f"data.{name}: one source under two kinds of ids, {kinds[keys[name]]} and {kind}: one unit would be "
+                "counted as two; use one of them"
             )
 
 
-def _same(source: str) -> str:
-    """One spelling per source: the real path of a file, whatever the way it was written."""
-    return str(Path(source).expanduser().resolve()) if is_file_source(source) else source
+def _key(source: str, split: str) -> str:
+    """One spelling per source: the real path of a file, whatever the way it was written; the embedded snippets that
+    pairs are made of; one split of a hub data set."""
+    if source.startswith("embedded:"):
+        return part(source)
+    return str(Path(source).expanduser().resolve()) if is_file_source(source) else f"{source} {split}"
+
+
+def _is_here(source: str) -> bool:
+    """Not on the hub."""
+    return source.startswith("embedded:") or is_file_source(source)
 
 
 def _check_output(output: Path) -> None:

@@ -76,7 +76,12 @@ def attach(model: nn.Module, config: AdapterConfig, seed: int) -> nn.Module:
     return peft
 
 
-def lora_config(config: AdapterConfig) -> LoraConfig:
+def lora_config(config: AdapterConfig, task: str | None = None) -> LoraConfig:
+    """As PEFT writes it.
+
+    Args:
+        task: which of PEFT's classes opens a saved adapter (CAUSAL_LM, SEQ_CLS); training uses none of their additions.
+    """
     steering = config.kind == "steering"
     return LoraConfig(
         r=1 if steering else config.rank,
@@ -85,7 +90,8 @@ def lora_config(config: AdapterConfig) -> LoraConfig:
         layers_to_transform=None if config.layers is None else list(config.layers),
         lora_dropout=0.0,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
 
 
@@ -123,9 +129,10 @@ def point_at_mean_input(model: nn.Module, sequences: Sequence[Sequence[int]]) ->
 
         hooks.append(layer.register_forward_pre_hook(watch))
     device = next(model.parameters()).device
+    decoder = model.get_base_model().base_model  # type: ignore[operator]
     with torch.no_grad():
         for sequence in sequences:
-            model(input_ids=torch.tensor([list(sequence)], device=device))
+            decoder(input_ids=torch.tensor([list(sequence)], device=device))
     for hook in hooks:
         hook.remove()
     count = sum(len(s) - 1 for s in sequences)
@@ -177,16 +184,22 @@ def round_to(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return ((bits + dither) & -65536).view(torch.float32).to(torch.bfloat16)
 
 
-def save_peft(model: nn.Module, base_name: str, config: AdapterConfig, folder: Path) -> None:
-    """Write an ordinary PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors, float32)."""
+def save_peft(
+    model: nn.Module, base_name: str, config: AdapterConfig, folder: Path, score: Tensor | None = None
+) -> None:
+    """Write an ordinary PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors, float32).
+
+    Args:
+        score: (1, hidden) float32, the head of a sequence classifier, saved with it; None: a causal language model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {} if score is None else {"base_model.model.score.weight": score.contiguous()}
     for name, layer in lora_layers(model):
         a, b, _ = lora_factors(layer)
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    peft_config = lora_config(config)
+    peft_config = lora_config(config, "CAUSAL_LM" if score is None else "SEQ_CLS")
     peft_config.base_model_name_or_path = base_name
     peft_config.inference_mode = True
     peft_config.save_pretrained(str(folder))

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dprlhf_ray.config import RLStage, RunConfig
+from dprlhf_ray.config import AnyStage, RunConfig
 from dprlhf_ray.models.embedded import HUB_NAME, LICENSE
 from dprlhf_ray.run_dir import write_atomically
 
 _TEMPLATE = Path(__file__).parent / "card.md.j2"
 _TAGS = ["differential-privacy", "rlhf", "dprlhf_ray"]
+_KIND_TAGS: dict[str, list[str]] = {"rl": [], "sft": ["sft"], "reward_model": ["reward-model"]}
+_METHODS = {"sft": "supervised fine-tuning", "reward_model": "the Bradley-Terry loss on pairs"}
 
 
-def write_cards(folder: Path, config: RunConfig, stage: RLStage, certificate: Mapping[str, Any] | None) -> list[Path]:
+def write_cards(folder: Path, config: RunConfig, stage: AnyStage, certificate: Mapping[str, Any] | None) -> list[Path]:
     """Write README.md into the exported models of a stage (`folder/adapter` and `folder/merged`, those that exist).
 
     Args:
@@ -33,7 +35,7 @@ def write_cards(folder: Path, config: RunConfig, stage: RLStage, certificate: Ma
     return written
 
 
-def model_card(kind: str, config: RunConfig, stage: RLStage, certificate: Mapping[str, Any] | None) -> str:
+def model_card(kind: str, config: RunConfig, stage: AnyStage, certificate: Mapping[str, Any] | None) -> str:
     """The card of one exported folder (kind: adapter or merged), YAML front matter first."""
     from huggingface_hub import ModelCard, ModelCardData  # heavy enough to load only here
 
@@ -42,11 +44,12 @@ def model_card(kind: str, config: RunConfig, stage: RLStage, certificate: Mappin
         base_model=HUB_NAME if name == "embedded" else name if _is_hub_name(name) else None,
         license=LICENSE if name == "embedded" else _license(name),
         library_name="peft" if kind == "adapter" else "transformers",
-        pipeline_tag="text-generation",
-        tags=[*_TAGS, *(["lora"] if kind == "adapter" else [])],
+        pipeline_tag="text-classification" if stage.kind == "reward_model" else "text-generation",
+        tags=[*_TAGS, *(["lora"] if kind == "adapter" else []), *_KIND_TAGS[stage.kind]],
     )
-    dataset = config.dataset_of(stage.data)
-    c = certificate or {}
+    c, made_of = certificate or {}, lineage(config, stage)
+    private = [s for s in made_of if s.privacy.mode != "public"]
+    data_sets = dict.fromkeys(config.dataset_of(s.data) for s in private)
     card = ModelCard.from_template(
         data,
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
@@ -55,12 +58,27 @@ def model_card(kind: str, config: RunConfig, stage: RLStage, certificate: Mappin
         base=HUB_NAME if name == "embedded" else Path(name).name if _is_folder(name) else name,
         stage=next((s for s in c.get("stages", []) if s["stage"] == stage.name), None),
         name=stage.name,
-        algorithm=stage.algorithm.kind,
-        data_set=dataset,
-        cost=c.get("data_sets", {}).get(dataset),
+        reward_model=stage.kind == "reward_model",
+        method=stage.algorithm.kind if stage.kind == "rl" else _METHODS[stage.kind],
+        data_set=config.dataset_of(stage.data),
+        public=stage.privacy.mode == "public",
+        partition=stage.partition,
+        start=config.start_of(stage),
+        before=[s.name for s in made_of[:-1]],
+        units=" or ".join(dict.fromkeys(f"one {s.privacy.unit}" for s in private)),
+        costs={name: c["data_sets"][name] for name in data_sets} if c.get("certified") else {},
         certificate=certificate,
     )
     return str(card).rstrip() + "\n"
+
+
+def lineage(config: RunConfig, stage: AnyStage) -> list[AnyStage]:
+    """The stages that a stage's model is made of, in their order, itself last: what it starts from, reward models that
+    scored it, and theirs."""
+    used = {config.start_of(stage), *(s.stage for s in (stage.scorer.flat() if stage.kind == "rl" else ()))}
+    direct = [s for s in config.stages if s.name in used]
+    names = {s.name for other in direct for s in lineage(config, other)}
+    return [*(s for s in config.stages if s.name in names), stage]
 
 
 def _is_folder(name: str) -> bool:

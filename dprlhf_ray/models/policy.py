@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +66,7 @@ class Policy(nn.Module):
             temperature: log-probabilities are those of softmax(logits / temperature).
         """
         lm = self.causal_lm
-        decoder, kwargs = lm.get_decoder(), {}
-        if "position_ids" in inspect.signature(decoder.forward).parameters:
-            # one row of positions per row of tokens: learned positions that all rows share have no per-record gradient
-            last = getattr(lm.config, "max_position_embeddings", tokens.shape[1]) - 1  # padding may go beyond it
-            kwargs["position_ids"] = (
-                torch.arange(tokens.shape[1], device=tokens.device).clamp(max=last).expand_as(tokens)
-            )
-        hidden = decoder(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
+        hidden = last_hidden_states(lm.get_decoder(), tokens)
         where = prompt_lengths.unsqueeze(1) - 1 + torch.arange(responses.shape[1], device=tokens.device)
         where = where.clamp(max=tokens.shape[1] - 1)
         picked = hidden.gather(1, where.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
@@ -83,6 +79,17 @@ class Policy(nn.Module):
         if self.value_head is not None:
             values = self.value_head(VALUE_SCALE * F.normalize(picked.to(wide), dim=-1)).squeeze(-1)
         return Scored(-flat.view(responses.shape), values)
+
+
+def last_hidden_states(decoder: Any, tokens: Tensor) -> Tensor:
+    """(rows, L, hidden) of right-padded tokens (rows, L) int64: causal attention never looks at the padding."""
+    kwargs = {}
+    if "position_ids" in inspect.signature(decoder.forward).parameters:
+        # one row of positions per row of tokens: learned positions that all rows share have no per-record gradient
+        last = getattr(decoder.config, "max_position_embeddings", tokens.shape[1]) - 1  # padding may go beyond it
+        kwargs["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).clamp(max=last).expand_as(tokens)
+    hidden: Tensor = decoder(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
+    return hidden
 
 
 SHORT = 128  # tokens: below, plain attention beats the fused CPU kernel (a step took 0.77 of its time at 21 tokens)
@@ -101,17 +108,30 @@ def load_policy(
     """
     from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, config.dtype)
+    model = load_frozen(AutoModelForCausalLM, path, config, longest)
+    return Policy(adapters.attach(model, config.adapter, seed), value_head).eval()
+
+
+def load_frozen(auto: Any, path: str | Path, config: ModelConfig, longest: int, **settings: Any) -> Any:
+    """Open a model by one of transformers' auto classes: frozen, without dropout, in the config's dtype.
+
+    Raises:
+        ConfigError: it is no model of that class.
+    """
     attention = "eager" if longest <= SHORT and not torch.cuda.is_available() else "sdpa"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, attn_implementation=attention
+        model = auto.from_pretrained(
+            path,
+            dtype=getattr(torch, config.dtype),
+            trust_remote_code=False,
+            attn_implementation=attention,
+            **settings,
         )
     except (OSError, ValueError) as e:
         raise ConfigError(f"model.name: cannot load {path}: {str(e).splitlines()[0]}") from None
     model.requires_grad_(False)
     without_dropout(model)
-    return Policy(adapters.attach(model, config.adapter, seed), value_head).eval()
+    return model
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -122,13 +142,6 @@ def without_dropout(model: nn.Module) -> None:
             rate = name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
             if rate or ("drop" in name and isinstance(value, float)):
                 setattr(module, name, 0.0)
-
-
-def sync_names(policy: Policy) -> list[str]:
-    """Hugging Face names of the weights that training changes."""
-    if isinstance(policy.model, adapters.PeftModel):
-        return [f"{name}.weight" for name, _ in adapters.lora_layers(policy.model)]
-    return [n for n, p in policy.causal_lm.named_parameters() if p.requires_grad]
 
 
 def sync_weights(policy: Policy, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -144,7 +157,7 @@ def sync_weights(policy: Policy, dtype: torch.dtype) -> dict[str, Tensor]:
 def export(
     policy: Policy, base_path: str | Path, base_name: str, config: ModelConfig, tokenizer: Any, folder: Path
 ) -> None:
-    """Write `folder/adapter` (PEFT) and `folder/merged` (a complete model), both with the tokenizer.
+    """Write `folder/adapter` (PEFT, on `base_name`) and `folder/merged` (a complete model), both with the tokenizer.
 
     The merged model is float32: rounding W + s B A to bfloat16 would throw part of the learned update away.
     """
@@ -153,14 +166,52 @@ def export(
     if isinstance(policy.model, adapters.PeftModel):
         adapters.save_peft(policy.model, base_name, config.adapter, folder / "adapter")
         tokenizer.save_pretrained(folder / "adapter")
-        state = {f"{n}.weight": adapters.merged(layer) for n, layer in adapters.lora_layers(policy.model)}
-    else:
-        state = {n: p.detach().float() for n, p in policy.causal_lm.named_parameters()}
-    # the base as the learner saw it: rounded to its dtype, then widened
-    model = AutoModelForCausalLM.from_pretrained(base_path, dtype=getattr(torch, config.dtype), trust_remote_code=False)
-    model = model.float()
-    missing = model.load_state_dict(state, strict=False).unexpected_keys
-    if missing:
-        raise RuntimeError(f"export: {missing[0]} is not a weight of {base_path}")
+    model = load_base(AutoModelForCausalLM, base_path, config)
+    put(model, exported_weights(policy.model, policy.causal_lm))
     model.save_pretrained(folder / "merged", safe_serialization=True)
     tokenizer.save_pretrained(folder / "merged")
+
+
+def exported_weights(model: nn.Module, base: nn.Module) -> dict[str, Tensor]:
+    """The trained weights, merged, float32, under their Hugging Face names.
+
+    Args:
+        model: with its adapter, or the bare `base` under full fine-tuning.
+    """
+    if isinstance(model, adapters.PeftModel):
+        return {f"{n}.weight": adapters.merged(layer) for n, layer in adapters.lora_layers(model)}
+    return {n: p.detach().float() for n, p in base.named_parameters()}
+
+
+def load_base(auto: Any, path: str | Path, config: ModelConfig, **settings: Any) -> Any:
+    """The base as the learner saw it: rounded to its dtype, then widened to float32."""
+    dtype = getattr(torch, config.dtype)
+    return auto.from_pretrained(path, dtype=dtype, trust_remote_code=False, **settings).float()
+
+
+def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Overwrite some weights by name."""
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    if unknown:
+        raise RuntimeError(f"export: {unknown[0]} is not a weight of the base model")
+
+
+def write_start(folder: Path, dtype: str) -> Path:
+    """Write `folder/DTYPE`, what a later stage's learners and engines start from: the exported `folder/merged`, rounded
+    at random without bias (see `adapters.round_to`; weights on the grid stay exact), with its tokenizer.
+
+    Returns:
+        The new folder. It appears whole or not at all.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged, target, partial = folder / "merged", folder / dtype, folder / f".partial-{dtype}"
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, trust_remote_code=False)
+    for p in model.parameters():  # a tied weight comes once, and stays tied
+        p.data = adapters.round_to(p.data, getattr(torch, dtype))
+    for path in (partial, target):
+        shutil.rmtree(path, ignore_errors=True)
+    model.save_pretrained(partial, safe_serialization=True)
+    AutoTokenizer.from_pretrained(merged).save_pretrained(partial)
+    os.replace(partial, target)
+    return target

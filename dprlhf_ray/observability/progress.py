@@ -20,6 +20,8 @@ from rich.progress import (
 
 from dprlhf_ray.privacy.release import Operational, Released, only
 
+UNSHOWN = ("epsilon_spent", "private/clip_fraction")  # of what is released; the first has its own place
+
 
 class Laps:
     """Seconds spent in the parts of a step: operational, for the operator only."""
@@ -38,7 +40,7 @@ class Laps:
 
 
 class RunProgress:
-    """`say` prints a line; `begin`/`step` follow a stage."""
+    """`say` prints a line; `begin`/`step` follow a stage, whatever it releases (reward, nll, accuracy)."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -48,6 +50,7 @@ class RunProgress:
         self._task: TaskID | None = None
         self._stage_started = 0.0
         self._first = 0
+        self._public = False
 
     def __enter__(self) -> RunProgress:
         return self
@@ -60,8 +63,9 @@ class RunProgress:
             self._console.print(f"[{time.monotonic() - self._started:6.0f} s] {text}", markup=False)
             sys.stdout.flush()
 
-    def begin(self, stage: str, done: int, total: int) -> None:
-        self._stage_started, self._first = time.monotonic(), done
+    def begin(self, stage: str, done: int, total: int, public: bool = False) -> None:
+        """Follow a stage from attempt `done`; `public`: its data are declared public."""
+        self._stage_started, self._first, self._public = time.monotonic(), done, public
         if self._console.is_terminal and not self._quiet:
             self._live = Progress(
                 SpinnerColumn(),
@@ -81,12 +85,15 @@ class RunProgress:
     ) -> None:  # fmt: skip
         only(Released, released)
         only(Operational, [*fleet, *laps])
-        speed = next((f.value for f in fleet if f.name == "tokens_per_second"), 0.0)
         epsilon = next((r.value for r in released if r.name == "epsilon_spent"), None)
-        spent = "no guarantee (clip only)" if epsilon is None else f"eps {epsilon:.2f} of {target:g}"
-        shown = "  ".join(f"{r.name} {r.value:.3f}" for r in released if r.name.endswith(("reward", "length", "kl")))
+        if self._public:
+            spent = "public data, free"
+        else:
+            spent = "no guarantee (clip only)" if epsilon is None else f"eps {epsilon:.2f} of {target:g}"
+        shown = [f"{r.name} {r.value:.3f}" for r in released if r.name not in UNSHOWN]
+        speed = [f"{f.value:.0f} tok/s" for f in fleet if f.name == "tokens_per_second"]
         parts = " ".join(f"{lap.name} {lap.value:.1f}" for lap in laps)
-        figures = f"{spent}  {shown}  {speed:.0f} tok/s  [{parts} s]"
+        figures = "  ".join([spent, *shown, *speed, f"[{parts} s]"])
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=attempt, figures=figures)
             return

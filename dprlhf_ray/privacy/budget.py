@@ -8,16 +8,53 @@ other runs may read the same units, so nothing is composed in parallel here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from dprlhf_ray.errors import BudgetExhausted, ConfigError
-from dprlhf_ray.privacy import accounting, composition, filter
+from dprlhf_ray.privacy import accounting, chain, composition, filter
 from dprlhf_ray.privacy.chain import Budget, Schedule
 from dprlhf_ray.privacy.mechanism import DPStep, check_positive
 
+if TYPE_CHECKING:
+    from dprlhf_ray.config import AnyStage
+    from dprlhf_ray.privacy.planning import StagePlan
+
 ROUNDING = 1 + 1e-9  # one part in 10^9 over a target is rounding
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a stage asks leave for, before anything of it is charged.
+
+    dataset: declared name of the data set that pays. stage: its name, unique in the ledger. step: what every attempt
+    does, and how many there are (adaptive: the plan). epsilon: target; None only without noise (clip only, which
+    guarantees nothing) and for public. adaptive: each charge may have its own parameters; a Renyi filter at one order
+    bounds their sum. public: the data are declared public, so that attempts are counted and cost nothing.
+    """
+
+    dataset: str
+    stage: str
+    step: DPStep
+    epsilon: float | None
+    delta: float
+    allow_large_delta: bool = False
+    adaptive: bool = False
+    public: bool = False
+
+    @classmethod
+    def of(cls, stage: AnyStage, plan: StagePlan) -> Declaration:
+        """That of a run's stage."""
+        large, adaptive = stage.privacy.allow_large_delta, plan.filter is not None
+        return cls(
+            plan.dataset, plan.ledger_stage, plan.step, plan.target, plan.delta, large, adaptive, plan.public
+        )  # fmt: skip
+
+    def matches(self, s: Schedule) -> bool:
+        """Whether a schedule, however much of it is spent, is the one declared."""
+        mine = (self.dataset, self.stage, self.step, self.epsilon, self.delta, self.adaptive, self.public)
+        return mine == (s.dataset, s.stage, s.step, s.epsilon, s.delta, s.alpha is not None, s.public)
 
 
 def part(schedule: Schedule) -> composition.Part:
@@ -35,19 +72,67 @@ def cost(schedules: Iterable[Schedule], delta: float) -> float:
     return math.inf if bound is None else bound.epsilon
 
 
-def check_stage(
-    stage: str, step: DPStep, epsilon: float | None, delta: float, large: bool, adaptive: bool
-) -> dict[str, Any]:
-    """The ledger's body of a new schedule.
+def check_new(d: Declaration, known: Mapping[str, Schedule], budget: Budget | None) -> dict[str, Any]:
+    """The ledger's body of a stage that is not in it yet.
+
+    Args:
+        known: all schedules by stage. budget: of its data set.
+
+    Raises:
+        ConfigError: no name; a data set that is private here and public there; another unit or adjacency than the data
+            set was charged with; as `check_stage`.
+        BudgetExhausted: with this stage, all that is declared would cost more than the data set's budget.
+    """
+    if not d.dataset or not d.stage:
+        raise ConfigError("data, stage: a schedule needs a data set name and a stage name")
+    others = [s for s in known.values() if s.dataset == d.dataset]
+    check_role(d.dataset, d.public, others, budget)
+    if d.public:
+        return check_stage(d)
+    mine = (d.step.unit, d.step.adjacency)
+    for theirs in ((s.step.unit, s.step.adjacency) for s in others):
+        if mine != theirs:
+            raise ConfigError(
+                f"stage {d.stage!r}: unit and adjacency {mine}, but data set {d.dataset!r} was charged with {theirs}: "
+                "guarantees about different neighbours do not compose; declare them alike"
+            )
+    body = check_stage(d)
+    if budget is not None:
+        check_fits(d.dataset, budget, [*others, chain.scheduled(d.dataset, d.stage, body)])
+    return body
+
+
+def check_role(dataset: str, public: bool, declared: Iterable[Schedule], budget: Budget | None) -> None:
+    """Refuse a data set that is private in one place and public in another: ConfigError."""
+    if public and budget is not None:
+        raise ConfigError(f"data.{dataset}.public: the ledger has a budget for it, so it is private; public: false")
+    for s in declared:
+        if s.public != public:
+            raise ConfigError(
+                f"data.{dataset}.public: data set {dataset!r} is private in the ledger (stage {s.stage!r}), and what "
+                "was private stays so; public: false"
+                if public
+                else f"data.{dataset}.public: data set {dataset!r} was declared public in the ledger (stage "
+                f"{s.stage!r}), and cannot be protected afterwards; public: true, or a new name for other data"
+            )
+
+
+def check_stage(d: Declaration) -> dict[str, Any]:
+    """The ledger's body of a new schedule, looked at by itself.
 
     Raises:
         ConfigError: no target; a schedule that costs more than its target; a delta that is refused.
     """
+    stage, step, epsilon, delta, large = d.stage, d.step, d.epsilon, d.delta, d.allow_large_delta
     body: dict[str, Any] = {"step": step.parameters(), "epsilon": epsilon, "delta": delta, "guarantee": "dp"}
+    if d.public:
+        if epsilon is not None or step.noise_multiplier != 0 or d.adaptive:
+            raise ConfigError(f"stage {stage!r}: mode public takes no epsilon, noise or adaptive accounting; without")
+        return body | {"guarantee": "public"}
     if step.noise_multiplier == 0:
         if epsilon is not None:
             raise ConfigError(f"stage {stage!r}: noise_multiplier 0 guarantees no epsilon; noise, or no target")
-        if adaptive:
+        if d.adaptive:
             raise ConfigError(f"stage {stage!r}: adaptive accounting needs noise; a noise_multiplier above 0")
         accounting.check_delta(delta, step.population, large)
         return body | {"guarantee": "none"}
@@ -55,7 +140,7 @@ def check_stage(
         raise ConfigError(f"{stage}.epsilon: not set; a target such as 8.0 (a missing epsilon never means no limit)")
     if not (isinstance(epsilon, int | float) and math.isfinite(epsilon) and epsilon > 0):
         raise ConfigError(f"{stage}.epsilon: {epsilon!r} is refused; a finite number above 0")
-    if adaptive:
+    if d.adaptive:
         accounting.check_delta(delta, step.population, large)
         kept = filter.choose_order(step, epsilon, delta)
         return body | {"alpha": kept.alpha, "rho_budget": kept.rho_budget}
@@ -86,7 +171,7 @@ def check_fits(dataset: str, budget: Budget, schedules: Iterable[Schedule]) -> N
 
 
 def meter(schedule: Schedule) -> float | None:
-    """Epsilon of what is charged so far, never above the target; None for clip only. For progress, never certified.
+    """Epsilon of what is charged so far, never above the target; None where there is none. For progress only.
 
     Attempts of a fixed schedule are rounded up to seven bits: never too low, and however many attempts there are,
     only a few hundred different figures are computed.

@@ -38,29 +38,32 @@ def certificate(
     Args:
         plans: of every stage, in the config's order.
         ledger: the accountant's status.
-        costs: by declared data set, as the accountant composed them.
+        costs: by declared private data set, as the accountant composed them.
 
+    A public stage costs nothing and voids nothing; a run of public stages only is certified for nothing private.
     Whether attempts were left or not, it certifies what was planned: their number may depend on the data.
     """
-    void = [f"stage {p.stage}: clip only, no noise was added: nothing is guaranteed" for p in plans if p.target is None]
+    void = [
+        f"stage {p.stage}: clip only, no noise was added: nothing is guaranteed" for p in plans if p.guarantee == "none"
+    ]
+    private = [p for p in plans if not p.public]
     return {
         "certified": not void,
         "voided_by": void,
-        "statement": statements.VOID if void else statements.PROMISE,
+        "statement": statements.VOID if void else statements.promise(plans),
         "data_sets": {name: _data_set(config, plans, ledger, name, cost) for name, cost in costs.items()},
         "stages": [_stage(config, i, plan, ledger) for i, plan in enumerate(plans)],
-        "accounting_mode": statements.joined(s.privacy.accounting for s in config.stages),
+        "accounting_mode": statements.joined(
+            s.privacy.accounting for s in config.stages if s.privacy.mode != "public"
+        ),
         "sampler": statements.joined(statements.sampler(p.step) for p in plans),
-        "noise": "none" if void else statements.joined(statements.NOISE[p.step.noise] for p in plans),
-        "metrics_released": statements.metrics([p.step for p in plans]),
-        "public": {
-            "model": config.model.name,
-            "evaluation prompts": config.evaluation.source,
-            "scorers": sorted({s.scorer.function or s.scorer.kind for s in config.stages}),
-        },
+        "noise": "none" if void else statements.joined(statements.NOISE[p.step.noise] for p in private),
+        "metrics_released": statements.metrics(plans),
+        "public": statements.public(config),
+        "post_processing": statements.post_processing(config),
         "ledger": {k: ledger[k] for k in ("head", "seq", "epoch")} | {"anchored": bool(config.ledger_anchor)},
         "assumed": statements.assumed(config),
-        "excluded": statements.excluded([p.step for p in plans]),
+        "excluded": statements.excluded(config, [p.step for p in private]),
         "software": {p: v for p in PACKAGES if (v := _installed(p))},
     }  # fmt: skip
 
@@ -101,6 +104,7 @@ def _data_set(
         "role": "private",
         "sources": {key: config.data[key].source for key in sources},
         "unit": step.unit,
+        "unit_means": statements.unit(config, step, sources),
         "adjacency": step.adjacency,
         "partitions": _partitions(config, plans, mine, cost.run),
         "run": _composition(cost.run),
@@ -125,6 +129,7 @@ def _partitions(
                 "partition": partition,
                 "fraction": config.data[source].partitions[partition] if partition else 1.0,
                 "units": readers[0].step.population,
+                "of": readers[0].step.sampled,
                 "stages": [p.stage for p in readers],
                 **_figures(bound, run.delta),
             }
@@ -148,16 +153,18 @@ def _stage(config: RunConfig, index: int, plan: StagePlan, ledger: Mapping[str, 
     stage = config.stages[index]
     return {
         "stage": plan.stage,
+        "guarantee": plan.guarantee,
         "data_set": plan.dataset,
         "source": stage.data,
         "partition": stage.partition,
-        "accounting": stage.privacy.accounting,
+        "accounting": None if plan.public else stage.privacy.accounting,
         "mechanism": plan.step.parameters(),
+        "records": statements.draw(plan.step, stage.privacy.records_per_draw),
         "epsilon_target": plan.target,
         "epsilon": None
         if plan.epsilon is None
         else {"certified": plan.certified, "pld": plan.epsilon.pld, "rdp": plan.epsilon.rdp},
-        "delta": plan.delta,
+        "delta": None if plan.public else plan.delta,
         "attempts_charged": ledger["stages"].get(plan.ledger_stage, {}).get("attempts", 0),
     }
 

@@ -13,12 +13,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from dprlhf_ray.errors import LedgerDamaged
 from dprlhf_ray.privacy.mechanism import DPStep
 
 GENESIS = "0" * 64
+
+Guarantee = Literal["dp", "none", "public"]
+"""Of a stage: its target; nothing (clip only); or nothing to guarantee, because its data are declared public."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Entry:
 
 @dataclass
 class Schedule:
-    """What was declared for one stage, and how much of it is charged. epsilon is None for clip only.
+    """What was declared for one stage, and how much of it is charged. epsilon is None for clip only and for public.
 
     A fixed schedule is spent by attempts: `spent` of `step.steps`. An adaptive one (alpha is set) is spent by Renyi
     divergence: `rho` of `rho_budget`, at the order alpha that was fixed when it was declared; `step` is then its plan.
@@ -52,6 +55,11 @@ class Schedule:
     alpha: float | None = None
     rho_budget: float = 0.0
     rho: float = 0.0
+    public: bool = False
+
+    @property
+    def guarantee(self) -> Guarantee:
+        return "public" if self.public else "none" if self.step.noise_multiplier == 0 else "dp"
 
     def rho_after(self, rho: float) -> float:
         """Divergence spent after one more draw that costs `rho`, rounded up."""
@@ -91,6 +99,20 @@ class ChainState:
 def canonical(body: dict[str, Any]) -> str:
     """Canonical JSON: sorted keys, no spaces, NaN and infinity refused (ValueError)."""
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def scheduled(dataset: str, stage: str, body: Mapping[str, Any]) -> Schedule:
+    """The schedule that an entry's body declares."""
+    return Schedule(
+        dataset,
+        stage,
+        DPStep(**body["step"]),
+        body["epsilon"],
+        body["delta"],
+        alpha=body.get("alpha"),
+        rho_budget=body.get("rho_budget", 0.0),
+        public=body.get("guarantee") == "public",
+    )
 
 
 def seal(key: bytes, state: ChainState, epoch: int, kind: str, dataset: str, stage: str, body: str) -> Entry:
@@ -148,8 +170,9 @@ def apply(state: ChainState, entry: Entry) -> None:
     elif entry.kind == "schedule":
         if entry.stage in state.schedules:
             raise LedgerDamaged(f"ledger entry {entry.seq}: stage {entry.stage!r} is declared twice")
-        schedule = Schedule(entry.dataset, entry.stage, DPStep(**body["step"]), body["epsilon"], body["delta"])
-        schedule.alpha, schedule.rho_budget = body.get("alpha"), body.get("rho_budget", 0.0)
+        schedule = scheduled(entry.dataset, entry.stage, body)
+        if any(s.public != schedule.public for s in state.schedules.values() if s.dataset == entry.dataset):
+            raise LedgerDamaged(f"ledger entry {entry.seq}: data set {entry.dataset!r} is both private and public")
         state.schedules[entry.stage] = schedule
     elif entry.kind == "charge":
         known = state.schedules.get(entry.stage)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,10 +25,14 @@ from dprlhf_ray.privacy import anchor as anchors
 from dprlhf_ray.privacy import budget as budgets
 from dprlhf_ray.privacy import chain, filter, ledger_view, store
 from dprlhf_ray.privacy.anchor import Anchor, Mark
+from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.chain import Budget, ChainState, Entry, Schedule
 from dprlhf_ray.privacy.ledger_key import first_key, read_key, settle_key
 from dprlhf_ray.privacy.ledger_view import recorded_in_checkpoint, verified
 from dprlhf_ray.privacy.mechanism import DPStep
+
+Row = tuple[str, str, str, dict[str, Any]]
+"""Of an entry to be: kind, data set, stage, body."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Ledger:
             raise_it: needed for a larger epsilon or delta than before; the ledger's entry says so.
 
         Raises:
-            ConfigError: a raise that was not asked for; nonsense; a stage that guarantees nothing is declared.
+            ConfigError: a raise that was not asked for; nonsense; a stage that guarantees nothing, or a public one.
             BudgetExhausted: what is declared costs more already.
         """
         wanted = budgets.checked(dataset, epsilon, delta)
@@ -107,56 +111,39 @@ class Ledger:
                     f"data.{dataset}.budget: the ledger has epsilon {known.epsilon:.6g} at delta {known.delta:g}; "
                     "it is raised on purpose only: `dprlhf ledger budget --raise`"
                 )
-            budgets.check_fits(dataset, wanted, self._declared(dataset))
-            self._append("budget", dataset, "", asdict(wanted) | {"raised": raised})
+            declared = [s for s in self._state.schedules.values() if s.dataset == dataset]
+            budgets.check_role(dataset, False, declared, wanted)
+            budgets.check_fits(dataset, wanted, declared)
+            self._append(("budget", dataset, "", asdict(wanted) | {"raised": raised}))
 
-    def declare(
-        self,
-        dataset: str,
-        stage: str,
-        step: DPStep,
-        epsilon: float | None,
-        delta: float,
-        *,
-        allow_large_delta: bool = False,
-        adaptive: bool = False,
-    ) -> None:
-        """Record the schedule of a stage; nothing happens when the same one is there (a resumed run).
+    def declare(self, declarations: Sequence[Declaration], public: Collection[str] = ()) -> None:
+        """Record the schedules of a run's stages in one transaction: all of them, or none. One that is there already
+        (a resumed run) is not recorded again.
 
         Args:
-            dataset: declared name of the private data set that pays.
-            stage: name of the stage, unique in this ledger.
-            step: fixed schedule: what every attempt does, and how many there are. Adaptive: the plan.
-            epsilon: target; None only for clip only (noise_multiplier 0), which guarantees nothing and says so.
-            adaptive: each charge may have its own parameters; a Renyi filter at one order bounds their sum.
+            public: names of all data sets that the run declares public, those without a stage too.
 
         Raises:
-            ConfigError: the stage exists with other parameters; no target; a schedule that costs more than its target;
-                a delta that is refused; clip only on a data set with a budget.
-            BudgetExhausted: with this stage, all that is declared would cost more than the data set's budget.
+            ConfigError, BudgetExhausted: as `budget.check_new`, each stage after the ones before it; a stage that
+                exists with other parameters; a data set declared public that the ledger knows as private.
         """
-        if not dataset or not stage:
-            raise ConfigError("data, stage: a schedule needs a data set name and a stage name")
         with self._mutex:
-            for other in self._declared(dataset):
-                mine, theirs = (step.unit, step.adjacency), (other.step.unit, other.step.adjacency)
-                if mine != theirs:
-                    raise ConfigError(
-                        f"stage {stage!r}: unit and adjacency {mine}, but data set {dataset!r} was charged with "
-                        f"{theirs}: guarantees about different neighbours do not compose; declare them alike"
-                    )
-            new = Schedule(dataset, stage, step, epsilon, delta)
-            known = self._state.schedules.get(stage)
-            if known is not None:
-                same = replace(known, spent=0, alpha=None, rho_budget=0.0, rho=0.0) == new
-                if not same or adaptive != (known.alpha is not None):
-                    raise ConfigError(f"stage {stage!r}: in the ledger with other parameters; the same, or a new name")
-                return
-            body = budgets.check_stage(stage, step, epsilon, delta, allow_large_delta, adaptive)
-            new.alpha, new.rho_budget = body.get("alpha"), body.get("rho_budget", 0.0)
-            if (budget := self._state.budgets.get(dataset)) is not None:
-                budgets.check_fits(dataset, budget, [*self._declared(dataset), new])
-            self._append("schedule", dataset, stage, body)
+            known, new = dict(self._state.schedules), []
+            for name in public:
+                declared = [s for s in known.values() if s.dataset == name]
+                budgets.check_role(name, True, declared, self._state.budgets.get(name))
+            for d in declarations:
+                if d.stage in known:
+                    if not d.matches(known[d.stage]):
+                        raise ConfigError(
+                            f"stage {d.stage!r}: in the ledger with other parameters; the same, or a new name"
+                        )
+                    continue
+                body = budgets.check_new(d, known, self._state.budgets.get(d.dataset))
+                known[d.stage] = chain.scheduled(d.dataset, d.stage, body)
+                new.append(("schedule", d.dataset, d.stage, body))
+            if new:
+                self._append(*new)
 
     def charge(self, stage: str, step: DPStep | None = None) -> Charge:
         """Pay for one attempt, durably, before anything private is touched. Constant time.
@@ -194,7 +181,7 @@ class Ledger:
                     else f"stage {stage!r}: after {schedule.spent} attempts too little is left of epsilon "
                     f"{schedule.epsilon:g} for one like this"
                 )
-            entry = self._append("charge", schedule.dataset, stage, body)
+            entry = self._append(("charge", schedule.dataset, stage, body))
             return Charge(entry.seq, schedule.spent, step)
 
     def spent(self, stage: str) -> int:
@@ -249,9 +236,6 @@ class Ledger:
             raise ConfigError(f"stage {stage!r}: not declared in this ledger; declare its schedule before charging it")
         return self._state.schedules[stage]
 
-    def _declared(self, dataset: str) -> list[Schedule]:
-        return [s for s in self._state.schedules.values() if s.dataset == dataset]
-
     @contextmanager
     def _kept(self) -> Iterator[Anchor | None]:
         """The anchor, locked from before a transaction until its entry is in it too."""
@@ -284,14 +268,18 @@ class Ledger:
                         kept.write(Mark(self._state.seq, self._state.head))  # there before an entry says that it is
                     today = datetime.datetime.now(datetime.UTC).date().isoformat()
                     body = {"format": 1, "date": today} | ({"anchored": True} if kept else {})
-                    entry = self._write(connection, self._state.epoch + 1, "open", "", "", body, first=empty)
+                    (entry,) = self._write(connection, self._state.epoch + 1, [("open", "", "", body)], first=empty)
                 if kept:
                     kept.write(Mark(entry.seq, entry.hash))
             settle_key(self._key_path)
         chain.apply(self._state, entry)
 
-    def _append(self, kind: str, dataset: str, stage: str, body: dict[str, Any]) -> Entry:
-        """Check that nobody else wrote, and append, in one transaction. Any failure is final for this writer."""
+    def _append(self, *rows: Row) -> Entry:
+        """Check that nobody else wrote, and append, in one transaction. Any failure is final for this writer.
+
+        Returns:
+            The last entry.
+        """
         if self._failed:
             raise LedgerDamaged("ledger: this writer is closed, fenced or failed before; open the ledger again")
         self._failed = True
@@ -309,26 +297,22 @@ class Ledger:
                     raise LedgerDamaged(
                         f"ledger anchor {kept.path}: moved by another copy of this ledger; end that one"
                     )
-                entry = self._write(connection, self._state.epoch, kind, dataset, stage, body)
+                entries = self._write(connection, self._state.epoch, rows)
             if kept:
-                kept.write(Mark(entry.seq, entry.hash))
-        chain.apply(self._state, entry)
+                kept.write(Mark(entries[-1].seq, entries[-1].hash))
+        for entry in entries:
+            chain.apply(self._state, entry)
         self._failed = False
-        return entry
+        return entries[-1]
 
-    def _write(
-        self,
-        connection: Connection,
-        epoch: int,
-        kind: str,
-        dataset: str,
-        stage: str,
-        body: dict[str, Any],
-        first: bool = False,
-    ) -> Entry:
-        entry = chain.seal(self._key, self._state, epoch, kind, dataset, stage, chain.canonical(body))
-        row = {"id": 1, "seq": entry.seq, "epoch": epoch, "head": entry.hash}
-        row["mac"] = chain.state_mac(self._key, entry.seq, epoch, entry.hash)
-        connection.execute(insert(store.entries), dict(vars(entry)))
-        connection.execute(insert(store.state) if first else update(store.state), row)
-        return entry
+    def _write(self, connection: Connection, epoch: int, rows: Sequence[Row], first: bool = False) -> list[Entry]:
+        entries, last = [], self._state
+        for kind, dataset, stage, body in rows:
+            entry = chain.seal(self._key, last, epoch, kind, dataset, stage, chain.canonical(body))
+            entries.append(entry)
+            last = ChainState(entry.seq, epoch, entry.hash)
+        state = {"id": 1, "seq": last.seq, "epoch": epoch, "head": last.head}
+        state["mac"] = chain.state_mac(self._key, last.seq, epoch, last.head)
+        connection.execute(insert(store.entries), [dict(vars(e)) for e in entries])
+        connection.execute(insert(store.state) if first else update(store.state), state)
+        return entries

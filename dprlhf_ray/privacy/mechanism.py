@@ -113,6 +113,11 @@ class DPStep:
         return self.sampling_rate * self.population
 
     @property
+    def sampled(self) -> str:
+        """What is drawn and clipped, and counted by `population`: "record" or "user"."""
+        return self.unit if self.records_per_user is None else "record"
+
+    @property
     def effective_noise_multiplier(self) -> float:
         """sigma_eff of one draw, from sigma_eff^-2 = K * sigma_g^-2 + sigma_m^-2 (0 when noise_multiplier is 0).
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from dprlhf_ray.config import AdapterConfig, RLStage
+from dprlhf_ray.config import AdapterConfig, AnyStage
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.privacy import accounting, filter
 from dprlhf_ray.privacy.accounting import EpsilonReport
+from dprlhf_ray.privacy.chain import Guarantee
 from dprlhf_ray.privacy.filter import Filter
 from dprlhf_ray.privacy.mechanism import DPStep
 
-CLIP_ONLY_METRIC_NOISE = 5.0  # sigma_m of a control without a guarantee: about what a private run's metrics have
+METRIC_NOISE_WITHOUT_EPSILON = 5.0  # sigma_m of modes clip_only and public: about what a private run's metrics have
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage will spend. epsilon is None where mode is clip_only: nothing is guaranteed.
+    """What a stage will spend. epsilon and target are None in modes clip_only (nothing is guaranteed) and public.
 
     ledger_stage: the stage's name in the ledger; in a ledger shared by runs it starts with the run's id.
-    epsilon: of the planned attempts. filter: the gate under adaptive accounting, else None.
+    epsilon: of the planned attempts. filter: the gate under adaptive accounting, else None. public: the data are
+    declared public, so that the stage costs nothing.
     """
 
     stage: str
@@ -31,6 +33,11 @@ class StagePlan:
     target: float | None
     delta: float
     filter: Filter | None = None
+    public: bool = False
+
+    @property
+    def guarantee(self) -> Guarantee:
+        return "public" if self.public else "none" if self.target is None else "dp"
 
     @property
     def certified(self) -> float | None:
@@ -40,11 +47,13 @@ class StagePlan:
         return None if self.epsilon is None else self.epsilon.pld
 
 
-def plan_stage(stage: RLStage, size: int, run_id: str | None = None, dataset: str | None = None) -> StagePlan:
-    """Calibrate the noise of a stage to its target, on the safe side.
+def plan_stage(stage: AnyStage, size: int, run_id: str | None = None, dataset: str | None = None) -> StagePlan:
+    """Calibrate the noise of a stage to its target, on the safe side. Without a target there is none, but on metrics:
+    these are released in one way, whatever the mode.
 
     Args:
-        size: units that the stage sees; replaced by `declared_size` under add_remove, where the size is private.
+        size: what is sampled: records, or users (unit user without `records_per_user`); replaced by `declared_size`
+            under add_remove, where the size is private.
         dataset: declared name of the data set that pays (default: the stage's source).
 
     Raises:
@@ -53,27 +62,27 @@ def plan_stage(stage: RLStage, size: int, run_id: str | None = None, dataset: st
     p = stage.privacy
     ledger_stage = f"{run_id}/{stage.name}" if run_id else stage.name
     population = p.declared_size if p.adjacency == "add_remove" and p.declared_size else size
-    if p.expected_batch > population:
-        raise ConfigError(
-            f"stage {stage.name!r}: privacy.expected_batch {p.expected_batch} exceeds {population} records"
-        )
     step = DPStep(
         unit=p.unit,
         adjacency=p.adjacency,
         population=population,
-        sampling_rate=p.expected_batch / population,
+        sampling_rate=min(1.0, p.expected_batch / population),
         noise_multiplier=0.0,
         clip_norm=p.clip_norm,
         updates_per_draw=p.updates_per_draw,
         steps=p.steps,
-        metric_noise_multiplier=CLIP_ONLY_METRIC_NOISE if p.metrics_share and p.epsilon is None else None,
+        metric_noise_multiplier=METRIC_NOISE_WITHOUT_EPSILON if p.metrics_share and p.epsilon is None else None,
         noise=p.noise,
         max_batch=p.max_batch,
         records_per_user=p.records_per_user,
     )
+    if p.expected_batch > population:
+        raise ConfigError(
+            f"stage {stage.name!r}: privacy.expected_batch {p.expected_batch} exceeds {population} {step.sampled}s"
+        )
     name = dataset or stage.data
     if p.epsilon is None:
-        return StagePlan(stage.name, ledger_stage, name, step, None, None, p.delta)
+        return StagePlan(stage.name, ledger_stage, name, step, None, None, p.delta, public=p.mode == "public")
     accounting.check_delta(p.delta, population, p.allow_large_delta)
     one, adaptive = replace(step, updates_per_draw=1), p.accounting == "adaptive"
     if adaptive:
@@ -122,19 +131,21 @@ def trainable_numbers(adapter: AdapterConfig, parameters: int, linears: Mapping[
     return sum(each[adapter.kind](*shape) for shape in targets.values())
 
 
-def expectations(stage: RLStage, plan: StagePlan, dimension: int | None) -> dict[str, float | int | None]:
+def expectations(stage: AnyStage, plan: StagePlan, dimension: int | None) -> dict[str, float | int | None]:
     """What a step will cost and how much signal can survive, all per step and from public numbers.
 
-    completions, tokens: expected, at most. noise_norm: E |noise| on the mean gradient, about sigma C sqrt(d) / L, to be
-    held against signal_at_most = C (all clipped gradients aligned) and sampling_noise = C / sqrt(L) (none aligned).
+    completions, tokens (rl): expected, at most. noise_norm: E |noise| on the mean gradient, about sigma C sqrt(d) / L,
+    against signal_at_most = C (all clipped gradients aligned) and sampling_noise = C / sqrt(L) (none aligned).
     """
-    s = plan.step
-    completions = s.expected_batch * stage.algorithm.completions_per_prompt
+    s, p = plan.step, stage.privacy
+    records = s.expected_batch * (p.records_per_draw if s.sampled == "user" else 1)
+    each = {"rl": stage.algorithm.completions_per_prompt if stage.kind == "rl" else 1, "sft": 1, "reward_model": 2}
+    completions = records * each[stage.kind]
     noise = None if dimension is None else s.noise_multiplier * s.clip_norm * dimension**0.5 / s.expected_batch
     return {
         "trainable": dimension,
         "completions_per_step": completions,
-        "tokens_per_step": completions * stage.generation.max_new_tokens,
+        "tokens_per_step": completions * stage.generation.max_new_tokens if stage.kind == "rl" else None,
         "signal_at_most": s.clip_norm,
         "sampling_noise": s.clip_norm / s.expected_batch**0.5,
         "noise_norm": noise,

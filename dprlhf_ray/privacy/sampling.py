@@ -1,9 +1,10 @@
 """Secret Poisson sampling: every unit is drawn independently with probability q, by the operating system's
-randomness. A cap keeps a uniformly random part of a larger draw."""
+randomness. A cap keeps a uniformly random part of a larger draw, or of a drawn user's records."""
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,3 +24,15 @@ def poisson_draw(population: int, sampling_rate: float, max_batch: int | None = 
     if max_batch is None or len(drawn) <= max_batch:
         return drawn
     return np.sort(generator.choice(drawn, max_batch, replace=False, shuffle=False))
+
+
+def choose(slots: Sequence[int], at_most: int) -> list[int]:
+    """A uniformly random subset of `at_most` slots, in their order; all of them where there are no more.
+
+    Fresh randomness of the operating system, as in a draw. PRIVATE. Which of a user's records are chosen changes the
+    user's own gradient only, which is clipped afterwards: it needs no charge.
+    """
+    if len(slots) <= at_most:
+        return list(slots)
+    kept = secrets.SystemRandom().sample(range(len(slots)), at_most)
+    return [slots[i] for i in sorted(kept)]

@@ -1,7 +1,7 @@
-"""A draw of experiences as padded micro-batches. Everything here is PRIVATE and pure torch.
+"""A draw as padded micro-batches. Everything here is PRIVATE and pure torch.
 
 Ordering by length and cutting by a token budget happen after sampling and change speed only: sums over units do not
-depend on how units are cut into micro-batches. A unit is padded to a width that depends on its own length only: the
+depend on how units are cut into micro-batches. A unit is padded to a shape that depends on its own records only: the
 width changes the rounding of a forward pass (in bfloat16 by per cents of a gradient).
 """
 
@@ -15,81 +15,118 @@ import torch
 from torch import Tensor
 
 from dprlhf_ray.privacy.private import Private
-from dprlhf_ray.records import Completion, Experience, Prompt
+from dprlhf_ray.records import Completion, Experience, Prompt, Unit
 
 
 @dataclass(frozen=True, repr=False)
 class MicroBatch(Private):
-    """U units with G rows each, unit-major. tokens (U*G, L), prompt_lengths (U*G,), responses (U*G, T), mask (U, G, T),
-    rewards (U, G), valid (U,): False for padding units."""
+    """U units of R records with G completions each; rows go by unit, then record, then completion.
+
+    tokens (U*R*G, L), prompt_lengths (U*R*G,), responses (U*R*G, T), mask (U*R, G, T), rewards (U*R, G), finished
+    (U*R, G): 1 where a completion ended by itself, present (U, R) bool: False for a unit's padding records.
+    """
 
     tokens: Tensor
     prompt_lengths: Tensor
     responses: Tensor
     mask: Tensor
     rewards: Tensor
-    valid: Tensor
+    finished: Tensor
+    present: Tensor
+
+    @property
+    def units(self) -> int:
+        return self.present.shape[0]
+
+    @property
+    def rows_per_unit(self) -> int:
+        return self.tokens.shape[0] // self.units
+
+    @property
+    def valid(self) -> Tensor:
+        """(U,) bool: False for padding units."""
+        return self.present.any(1)
+
+    def unit_mean(self, x: Tensor) -> Tensor:
+        """Mean over each unit's own present records: (U*R,) -> (U,). A padding unit gives 0."""
+        own = torch.where(self.present, x.view_as(self.present), torch.zeros((), dtype=x.dtype, device=x.device))
+        return own.sum(1) / self.present.sum(1).clamp_min(1)
 
     def to(self, device: torch.device | str) -> MicroBatch:
         return MicroBatch(**{k: v.to(device) for k, v in vars(self).items()})
 
 
-def plan(
-    experiences: Sequence[Experience], group: int, token_budget: int, max_units: int, pad_id: int
-) -> list[MicroBatch]:
+def plan(units: Sequence[Unit], group: int, token_budget: int, max_units: int, pad_id: int) -> list[MicroBatch]:
     """Micro-batches of the non-null units, longest first, at most `token_budget` padded tokens and `max_units` units
     each (one unit at least). Null records are left out: they contribute exactly zero."""
-    units = sorted((e for e in experiences if not e.is_null), key=_widths, reverse=True)
+    usable = [u for u in (usable_records(unit) for unit in units) if u]
     batches = []
-    for (width, _), alike in groupby(units, key=_widths):
-        same, count = list(alike), max(1, min(max_units, token_budget // (width * group)))
+    for shape, alike in groupby((usable[i] for i in order(usable)), key=_shape):
+        records, width, _ = shape
+        same, count = list(alike), max(1, min(max_units, token_budget // (width * group * records)))
         batches += [collate(same[start : start + count], group, pad_id) for start in range(0, len(same), count)]
     return batches
 
 
+def order(units: Sequence[Unit]) -> list[int]:
+    """Which unit comes when in `plan`, where none of them is null."""
+    return sorted(range(len(units)), key=lambda i: _shape(units[i]), reverse=True)
+
+
+def usable_records(unit: Unit) -> Unit:
+    """A unit's records that are not null."""
+    return tuple(e for e in unit if not e.is_null)
+
+
 def empty(group: int, pad_id: int) -> MicroBatch:
     """A micro-batch of one padding unit: keeps ranks in step when they hold unequal numbers of micro-batches."""
-    filler = Completion((pad_id,), "", False, -1)
-    unit = Experience(Prompt(-1, (pad_id,), ""), (filler,) * group, (0.0,) * group)
-    batch = collate([unit], group, pad_id)
-    return MicroBatch(**{**vars(batch), "valid": torch.zeros(1, dtype=torch.bool)})
+    filler = Completion((pad_id,), "", False, None)
+    batch = collate([(Experience(Prompt(-1, (pad_id,), ""), (filler,) * group, (0.0,) * group),)], group, pad_id)
+    return MicroBatch(**{**vars(batch), "present": torch.zeros(1, 1, dtype=torch.bool)})
 
 
-def collate(units: Sequence[Experience], group: int, pad_id: int) -> MicroBatch:
-    rows = [(e.prompt.token_ids, c.token_ids) for e in units for c in e.completions]
-    longest, width = (max(w) for w in zip(*map(_widths, units), strict=True))
-    tokens = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-    responses = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros(len(rows), width)
-    for i, (p, c) in enumerate(rows):
-        tokens[i, : len(p) + len(c)] = torch.tensor(p + c)
-        responses[i, : len(c)] = torch.tensor(c, dtype=torch.long)
-        mask[i, : len(c)] = 1.0
-    return MicroBatch(
-        tokens=tokens,
-        prompt_lengths=torch.tensor([len(p) for p, _ in rows]),
-        responses=responses,
-        mask=mask.view(len(units), group, width),
-        rewards=torch.tensor([[0.0 if r is None else r.reveal() for r in e.rewards] for e in units]),
-        valid=torch.ones(len(units), dtype=torch.bool),
-    )
+def collate(units: Sequence[Unit], group: int, pad_id: int) -> MicroBatch:
+    records, length, width = (max(w) for w in zip(*map(_shape, units), strict=True))
+    count = len(units) * records
+    tokens = torch.full((count * group, length), pad_id, dtype=torch.long)
+    responses = torch.full((count * group, width), pad_id, dtype=torch.long)
+    prompt_lengths = torch.ones(count * group, dtype=torch.long)
+    mask, rewards, finished = torch.zeros(count * group, width), torch.zeros(count, group), torch.zeros(count, group)
+    present = torch.zeros(len(units), records, dtype=torch.bool)
+    for u, unit in enumerate(units):
+        for r, e in enumerate(unit):
+            record = u * records + r
+            present[u, r] = True
+            rewards[record] = torch.tensor([0.0 if x is None else x.reveal() for x in e.rewards])
+            for g, completion in enumerate(e.completions):
+                p, c, row = e.prompt.token_ids, completion.token_ids, record * group + g
+                tokens[row, : len(p) + len(c)] = torch.tensor(p + c)
+                responses[row, : len(c)] = torch.tensor(c, dtype=torch.long)
+                prompt_lengths[row] = len(p)
+                mask[row, : len(c)] = 1.0
+                finished[record, g] = float(completion.finished)
+    return MicroBatch(tokens, prompt_lengths, responses, mask.view(count, group, width), rewards, finished, present)
 
 
-def deal(experiences: Sequence[Experience], ranks: int) -> list[list[Experience]]:
+def deal(units: Sequence[Unit], ranks: int) -> list[list[Unit]]:
     """Share a draw among learner ranks, by length so that ranks get equal work.
 
     Sums do not depend on who holds a unit.
     """
-    ordered = sorted(experiences, key=_longest, reverse=True)
+    ordered = sorted(units, key=lambda u: sum(map(_longest, u)), reverse=True)
     return [list(ordered[r::ranks]) for r in range(ranks)]
 
 
-def _widths(e: Experience) -> tuple[int, int]:
-    """Padded tokens of a unit's rows, and of its responses."""
-    return _padded(_longest(e)), _padded(max(len(c.token_ids) for c in e.completions))
+def _shape(unit: Unit) -> tuple[int, int, int]:
+    """Padded records of a unit, tokens of its rows, and tokens of its responses."""
+    return (
+        padded(len(unit)),
+        padded(max(map(_longest, unit))),
+        padded(max(len(c.token_ids) for e in unit for c in e.completions)),
+    )
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
     """Up to a multiple of 2 above 16, of 4 above 32, of 8 above 64, and so on: few widths, and little padding."""
     grain = 1 << max(0, (length - 1).bit_length() - 4)
     return -(-length // grain) * grain

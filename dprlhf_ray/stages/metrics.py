@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dprlhf_ray.algorithms.base import per_token_mean
-from dprlhf_ray.config import RLStage
-from dprlhf_ray.stages.batching import MicroBatch
+from dprlhf_ray.config import AnyStage
 
 KL_BOUND = 0.5  # nats per token: a unit's mean log-ratio to the reference is clipped to +-this
+NLL_BOUND = 8.0  # nats per token
+MARGIN_BOUND = 4.0  # of a pair's two scores
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,18 @@ class Metrics:
     scales: dict[str, float]
 
     @classmethod
-    def of(cls, stage: RLStage) -> Metrics:
-        """Mean reward, completion length, share of clipped units, and KL where the loss has a reference to hold."""
-        scales = {
-            "reward": stage.scorer.reward_bound,
-            "length": float(stage.generation.max_new_tokens),
-            "clip_fraction": 1.0,
-        }
-        return cls(scales | ({"kl": KL_BOUND} if stage.algorithm.kl_coef else {}))
+    def of(cls, stage: AnyStage) -> Metrics:
+        """What a stage of this kind releases, and the share of clipped units."""
+        scales = {"clip_fraction": 1.0}
+        if stage.kind == "rl":
+            scales = {"reward": stage.scorer.reward_bound, "length": float(stage.generation.max_new_tokens), **scales}
+            if stage.algorithm.kl_coef:
+                scales["kl"] = KL_BOUND
+        elif stage.kind == "sft":
+            scales = {"nll": NLL_BOUND, **scales}
+        else:
+            scales = {"accuracy": 1.0, "margin": MARGIN_BOUND, **scales}
+        return cls(scales)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -39,23 +44,16 @@ class Metrics:
         """L2 bound of one unit's vector: sqrt(number of entries). A null unit's vector is 0."""
         return len(self.scales) ** 0.5
 
-    def total(self, batch: MicroBatch, clipped: Tensor, log_ratio: Tensor | None) -> Tensor:
+    def total(self, own: Mapping[str, Tensor], valid: Tensor) -> Tensor:
         """Sum over the units of a micro-batch. PRIVATE.
 
         Args:
-            clipped: (units,) bool, whose gradient was scaled down.
-            log_ratio: (units, G, T) of the policy that drew the completions to the reference: log pi - log pi_ref.
+            own: (units,) float by name, at least the names of the scales.
+            valid: (units,) bool; False adds exactly zero.
 
         Returns:
             (entries,) float32.
         """
-        own = {
-            "reward": batch.rewards.mean(1),
-            "length": batch.mask.sum(-1).mean(1),
-            "clip_fraction": clipped.float(),
-        }
-        if log_ratio is not None:
-            own["kl"] = per_token_mean(log_ratio, batch.mask).mean(1)
         per_unit = torch.stack([own[name] / scale for name, scale in self.scales.items()], dim=1)
-        usable = batch.valid & torch.isfinite(per_unit).all(1)  # masked first: 0 * NaN is NaN
+        usable = valid & torch.isfinite(per_unit).all(1)  # masked first: 0 * NaN is NaN
         return torch.where(usable.unsqueeze(1), per_unit.clamp(-1.0, 1.0), torch.zeros_like(per_unit)).sum(0)

@@ -28,30 +28,27 @@ def main() -> None:
     from dprlhf_ray.actors.learner import Learner, LearnerSpec
     from dprlhf_ray.privacy.mechanism import DPStep
     from dprlhf_ray.privacy.permit import Permit
-    from dprlhf_ray.records import Completion, Experience, Prompt
     from dprlhf_ray.stages.batching import deal
+    from dprlhf_ray.stages.build import group_of
+    from tests.actors.setting import draw
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     config = config_file.parse(case["config"])
-    spec = LearnerSpec(config, 0, DPStep(**case["step"]), case["out"], ((5, 6, 7, 8),))
+    spec = LearnerSpec(config, 0, DPStep(**case["step"]), case["out"], ((5, 6, 7, 8),), config.model.name)
     learner = Learner(spec)
     if case.get("restore"):
         learner.restore()
-    g = config.stages[0].algorithm.completions_per_prompt
     trajectory = []
     for attempt, unit_rows in enumerate(case["draws"]):
-        units = []
-        for slot, (prompt, completions, rewards) in enumerate(unit_rows):
-            done = tuple(Completion(tuple(c), "", False, learner.version) for c in completions[:g])
-            units.append(Experience(Prompt(slot, tuple(prompt), ""), done, tuple(rewards[:g])))
+        units = draw(unit_rows, learner.version, group_of(config.stages[0]))
         share = deal(units, world)[rank]
 
         def redeem(attempt: int = attempt) -> Permit:
             permit = Permit.of(f"test-{attempt}", "rl", attempt, spec.step, "test")
             return replace(permit, sigma=case.get("permit_sigma", permit.sigma))  # noise off, all else as planned
 
-        released = learner.update(share, case.get("baseline", 0.0), redeem)
+        released = learner.update(share, attempt + 1, case.get("baseline", 0.0), redeem)
         if rank == 0:
             trajectory.append([r.as_dict() for r in released])
     _, weights = learner.weights()

@@ -27,12 +27,13 @@ def replay(
     from dprlhf_ray.actors.learner import Learner, LearnerSpec
     from dprlhf_ray.privacy.mechanism import DPStep
     from dprlhf_ray.privacy.permit import Permit
-    from dprlhf_ray.records import Completion, Experience, Prompt
+    from dprlhf_ray.stages import build
     from dprlhf_ray.stages.batching import deal
+    from tests.actors import setting as settings
 
     config = config_file.parse(setting["config"])
     step = DPStep(**setting["step"])
-    learner = Learner(LearnerSpec(config, 0, step, run_dir, ((5, 6, 7, 8),)))
+    learner = Learner(LearnerSpec(config, 0, step, run_dir, ((5, 6, 7, 8),), config.model.name))
     parameters, zero = learner.recorder.parameters, config.learner.zero_stage
 
     def weights() -> torch.Tensor:
@@ -58,17 +59,11 @@ def replay(
     start = weights()
     start = start + 0.02 * torch.randn(start.shape, generator=generator)
 
-    def experience(slot: int, unit: list[Any]) -> Experience:
-        prompt, completions, rewards = unit
-        done = tuple(Completion(tuple(c), "", False, 0) for c in completions)
-        return Experience(Prompt(slot, tuple(prompt), ""), done, tuple(rewards))
-
     after: dict[str, Any] = {"start": start}
     released: dict[str, Any] = {}
     stage = learner.stage
     for case in cases:
-        clip = {"clip_norm": case.get("clip_norm", stage.privacy.clip_norm)}
-        learner.objective.stage = stage.model_copy(update={"privacy": stage.privacy.model_copy(update=clip)})
+        learner.objective.clip_norm = case.get("clip_norm", stage.privacy.clip_norm)
         for n, draw in enumerate(case["draws"]):
             force(start)
             learner.version = 0
@@ -78,8 +73,8 @@ def replay(
                 permit.metric_sigma = 0.0
                 return permit
 
-            share = deal([experience(i, unit) for i, unit in enumerate(draw)], world)[rank]
-            metrics = learner.update(share, case.get("baseline", 0.1), redeem)
+            share = deal(settings.draw(draw, 0, build.group_of(stage)), world)[rank]
+            metrics = learner.update(share, 1, case.get("baseline", 0.1), redeem)
             after[f"{case['name']}/{n}"] = weights()
             released[f"{case['name']}/{n}"] = {m.name: m.value for m in metrics}
     return after, released

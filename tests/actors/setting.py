@@ -16,18 +16,35 @@ CLIP, BATCH = 0.05, 8
 Unit = tuple[list[int], list[list[int]], list[float | None]]  # prompt, two completions, two rewards
 
 
+def draw(rows: list[Any], version: int, group: int) -> list[Any]:
+    """A draw for a learner. A row is a unit of one record, or {"records": [...]}: a user's."""
+    from dprlhf_ray.records import Completion, Experience, Prompt
+
+    def experience(slot: int, record: list[Any]) -> Experience:
+        prompt, completions, rewards = record
+        done = tuple(Completion(tuple(c), "", False, version) for c in completions[:group])
+        return Experience(Prompt(slot, tuple(prompt), ""), done, tuple(rewards[:group]))
+
+    found = []
+    for slot, row in enumerate(rows):
+        records = row["records"] if isinstance(row, dict) else [row]
+        found.append(tuple(experience(slot, record) for record in records))
+    return found
+
+
 def units(count: int, seed: int, longest: int | None = None) -> list[Unit]:
-    """Units of uneven lengths; the one in the middle, if asked, is `longest` tokens in prompt and completions each."""
+    """Units of a few different lengths, so that micro-batches hold several; the one in the middle, if asked, is
+    `longest` tokens in prompt and completions each."""
     rng = random.Random(seed)
 
-    def tokens(low: int, high: int) -> list[int]:
-        return [rng.randrange(3, 60) for _ in range(rng.randint(low, high))]
+    def tokens(*lengths: int) -> list[int]:
+        return [rng.randrange(3, 60) for _ in range(rng.choice(lengths))]
 
     found: list[Unit] = [
-        (tokens(2, 6), [tokens(1, 8), tokens(1, 8)], [rng.uniform(-1, 1), rng.uniform(-1, 1)]) for _ in range(count)
+        (tokens(2, 4), [tokens(3, 6), tokens(3, 6)], [rng.uniform(-1, 1), rng.uniform(-1, 1)]) for _ in range(count)
     ]
     if longest:
-        found[count // 2] = (tokens(longest, longest), [tokens(longest, longest) for _ in range(2)], [0.9, -0.7])
+        found[count // 2] = (tokens(longest), [tokens(longest) for _ in range(2)], [0.9, -0.7])
     return found
 
 
@@ -63,7 +80,8 @@ def launch(script: str, out: Path, world: int, plan: dict[str, Any]) -> None:
     path = out / "plan.json"
     path.write_text(json.dumps({"world": world, "port": port, "out": str(out)} | plan))
     command = [sys.executable, str(Path(__file__).with_name(script)), str(path)]
-    env = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    root = str(Path(__file__).parents[2])  # for the tests' own modules
+    env = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=root)
     logs = [out / f"log{r}" for r in range(world)]
     ranks = [
         subprocess.Popen([*command, str(r)], env=env, stdout=log.open("w"), stderr=STDOUT) for r, log in enumerate(logs)

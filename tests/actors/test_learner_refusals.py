@@ -99,7 +99,7 @@ def test_completions_of_another_weight_version_are_refused() -> None:
 
     own: Any = SimpleNamespace(version=3, _micro_batches=used)
     with pytest.raises(RuntimeError, match="version 2"):
-        Learner.update(own, [Experience(Prompt(0, (4,), "p"), completions, (0.1, 0.2))], 0.0, lambda: None)
+        Learner.update(own, [(Experience(Prompt(0, (4,), "p"), completions, (0.1, 0.2)),)], 1, 0.0, lambda: None)
 
 
 def test_metrics_are_noised_for_their_joint_bound_and_divided_by_the_public_batch() -> None:

@@ -31,6 +31,9 @@ LOOP = "tests/test_stage_loop.py::"
 REFUSALS = "tests/actors/test_learner_refusals.py::"
 LEARNER = "tests/actors/test_learner.py::"
 CERTIFICATE = "tests/privacy/test_certificate.py::"
+PUBLIC = "tests/privacy/test_public_stages.py::"
+BUDGET = "tests/privacy/test_ledger_budget.py::"
+PLANNING = "tests/privacy/test_planning.py::"
 
 CLIPPED = (PER_UNIT + "test_clipped_sum_is_the_sum_of_clipped_vectors_over_all_parameters",)
 POISONED = (PER_UNIT + "test_a_poisoned_unit_moves_the_sum_by_at_most_c",)
@@ -134,7 +137,7 @@ _PER_UNIT = [
     Fault(
         "failures",
         "one record's NaN drops its micro-batch",
-        "dprlhf_ray/stages/rl.py",
+        "dprlhf_ray/stages/objective.py",
         "                grads = self.recorder.take()\n",
         "                grads = self.recorder.take()\n"
         "                if not torch.isfinite(loss).all():\n                    continue\n",
@@ -159,9 +162,10 @@ _PER_UNIT = [
     Fault(
         "failures",
         "a bad record is quoted in an error",
-        "dprlhf_ray/data/sources.py",
-        "    except Exception:  # whatever a record's content does",
-        '    except Exception:\n        raise ConfigError(f"bad record {value!r}") from None\n    except KeyError:  #',
+        "dprlhf_ray/data/formats.py",
+        "        except Exception:  # whatever a record's content does",
+        '        except Exception:\n            raise ValueError(f"bad record {row!r}") from None\n'
+        "        except KeyError:  #",
         ("tests/data/test_sources.py::test_bad_records_become_null_in_their_own_slot_and_leave_the_others_alone",),
     ),
     Fault(
@@ -296,9 +300,9 @@ _SAMPLING = [
     Fault(
         "sampling",
         "the second half of a draw waits for the next one",
-        "dprlhf_ray/pipeline.py",
-        "usable = [p for p in drawn if p.token_ids]",
-        "usable = [p for p in drawn if p.token_ids][: len(drawn) // 2]",
+        "dprlhf_ray/stage_run.py",
+        "for u in drawn]",
+        "for u in drawn[: len(drawn) // 2]]",
         (LOOP + "test_everybody_who_was_drawn_takes_part_and_nobody_else",),
     ),
 ]
@@ -307,10 +311,9 @@ _CHARGE = [
     Fault(
         "charge first",
         "the draw comes before the charge",
-        "dprlhf_ray/pipeline.py",
-        '            clock.lap("reserve")\n            experiences',
-        "            early = poisson_draw(len(prompts), plan.step.sampling_rate)\n"
-        '            clock.lap("reserve")\n            experiences',
+        "dprlhf_ray/stage_run.py",
+        "            reserved = ray.get(",
+        "            draw(data, plan)\n            reserved = ray.get(",
         (LOOP + "test_nothing_private_is_touched_before_its_charge_is_on_disk",),
     ),
     Fault(
@@ -324,7 +327,7 @@ _CHARGE = [
     Fault(
         "charge first",
         "a retry makes the same attempt again",
-        "dprlhf_ray/pipeline.py",
+        "dprlhf_ray/stage_run.py",
         "            reserved = ray.get(",
         '            reserved = locals().get("reserved") or ray.get(',
         (LOOP + "test_an_attempt_that_died_is_charged_again_with_a_new_draw_rollout_and_permit",),
@@ -500,7 +503,7 @@ _LEDGER = [
         "ledger",
         "a schedule is declared anew with other parameters",
         "dprlhf_ray/privacy/ledger.py",
-        "if not same or adaptive != (known.alpha is not None):",
+        "if not d.matches(known[d.stage]):",
         "if False:",
         (LEDGER + "test_what_was_not_declared_or_is_not_sound_is_refused",),
     ),
@@ -519,40 +522,40 @@ _COUPLING = [
         "coupling",
         "advantages are whitened over the batch",
         "dprlhf_ray/algorithms/reinforce.py",
-        "per_token_mean(ratio * advantages.unsqueeze(-1), batch.mask)",
-        "per_token_mean(ratio * ((advantages - advantages.mean()) / advantages.std()).unsqueeze(-1), batch.mask)",
+        "return self.policy_loss(batch, advantages.unsqueeze(-1))",
+        "return self.policy_loss(batch, ((advantages - advantages.mean()) / advantages.std()).unsqueeze(-1))",
         (LOSSES + "test_a_units_loss_depends_on_that_unit_only",),
     ),
     Fault(
         "coupling",
         "PPO's advantages are centred over the batch",
         "dprlhf_ray/algorithms/ppo.py",
-        "policy = clipped_surrogate(batch, advantages, self.clip_range)",
-        "policy = clipped_surrogate(batch, advantages - advantages.mean(), self.clip_range)",
+        "return self.policy_loss(batch, advantages)",
+        "return self.policy_loss(batch, advantages - advantages.mean())",
         (LOSSES + "test_a_units_loss_depends_on_that_unit_only",),
     ),
     Fault(
         "coupling",
         "RLOO's baseline crosses prompts",
         "dprlhf_ray/algorithms/rloo.py",
-        "rewards.mean(1, keepdim=True)",
-        "rewards.mean()",
+        "return group_centred(rewards) * ",
+        "return (rewards - rewards.mean()) * ",
         (LOSSES + "test_a_units_loss_depends_on_that_unit_only",),
     ),
     Fault(
         "coupling",
         "the baseline is the batch's mean reward",
         "dprlhf_ray/algorithms/reinforce.py",
-        "batch.rewards - batch.baseline",
-        "batch.rewards - batch.rewards.mean()",
+        "self.rewards(batch) - batch.baseline",
+        "self.rewards(batch) - self.rewards(batch).mean()",
         (LOSSES + "test_a_units_loss_depends_on_that_unit_only",),
     ),
     Fault(
         "coupling",
         "the next baseline is the draw's own mean reward",
-        "dprlhf_ray/pipeline.py",
+        "dprlhf_ray/stage_run.py",
         '        baseline = next((r.value for r in released if r.name == "private/reward"), baseline)\n',
-        "        own = [r.reveal() for e in experiences for r in e.rewards if r is not None]\n"
+        "        own = [r.reveal() for unit in units for e in unit for r in e.rewards if r is not None]\n"
         "        baseline = sum(own) / max(1, len(own))\n",
         (LOOP + "test_the_baseline_is_a_released_value_never_that_of_the_draw",),
     ),
@@ -614,8 +617,8 @@ _RELEASES = [
         "certificate",
         "the cumulative epsilon leaves other runs out",
         "dprlhf_ray/actors/accountant.py",
-        "if s.dataset == dataset and (s.stage in units or not this_run_only):",
-        "if s.dataset == dataset and s.stage in units:",
+        "if s.dataset == dataset and not s.public and (s.stage in units or not this_run_only):",
+        "if s.dataset == dataset and not s.public and s.stage in units:",
         (PERMIT + "test_the_accountant_charges_before_it_permits_and_forgets_permits_not_charges",),
     ),
     Fault(
@@ -636,6 +639,108 @@ _RELEASES = [
     ),
 ]
 
+_PUBLIC = [
+    Fault(
+        "public",
+        "a data set is private and public under one name",
+        "dprlhf_ray/privacy/budget.py",
+        "        if s.public != public:\n",
+        "        if False:\n",
+        (PUBLIC + "test_a_data_set_is_never_private_and_public_under_one_name",),
+    ),
+    Fault(
+        "public",
+        "a data set with a budget is declared public",
+        "dprlhf_ray/privacy/budget.py",
+        "    if public and budget is not None:\n",
+        "    if False:\n",
+        (PUBLIC + "test_a_data_set_with_a_budget_is_private",),
+    ),
+    Fault(
+        "public",
+        "a private stage is declared as a public one",
+        "dprlhf_ray/privacy/budget.py",
+        "        if epsilon is not None or step.noise_multiplier != 0 or d.adaptive:\n",
+        "        if False:\n",
+        (PUBLIC + "test_what_has_a_target_or_noise_is_not_declared_as_public",),
+    ),
+    Fault(
+        "public",
+        "replay lets one data set be private and public",
+        "dprlhf_ray/privacy/chain.py",
+        "        if any(s.public != schedule.public for",
+        "        if False and any(s.public != schedule.public for",
+        (PUBLIC + "test_what_was_declared_public_is_covered_by_the_chain",),
+    ),
+    Fault(
+        "public",
+        "a public stage is composed with private ones",
+        "dprlhf_ray/actors/accountant.py",
+        "if s.dataset == dataset and not s.public and (",
+        "if s.dataset == dataset and (",
+        (PUBLIC + "test_a_public_stage_is_counted_and_resumed_and_costs_nothing",),
+    ),
+    Fault(
+        "public",
+        "a public stage voids the certificate",
+        "dprlhf_ray/privacy/certificate.py",
+        'for p in plans if p.guarantee == "none"',
+        "for p in plans if p.target is None",
+        (CERTIFICATE + "test_a_public_stage_costs_nothing_voids_nothing_and_is_named",),
+    ),
+    Fault(
+        "public",
+        "a run with a public stage is not voided by a control",
+        "dprlhf_ray/privacy/certificate.py",
+        'for p in plans if p.guarantee == "none"',
+        'for p in plans if p.guarantee == "none" and not any(q.public for q in plans)',
+        (CERTIFICATE + "test_a_public_stage_does_not_make_up_for_a_control",),
+    ),
+    Fault(
+        "certificate",
+        "a reward model of this run counts as public",
+        "dprlhf_ray/privacy/statements.py",
+        'if s.kind != "ensemble" and not s.stage}',
+        'if s.kind != "ensemble"}',
+        (CERTIFICATE + "test_scorers_are_public_or_post_processing_or_leave_the_cluster",),
+    ),
+    Fault(
+        "certificate",
+        "nobody is told that texts are sent to a scorer",
+        "dprlhf_ray/privacy/statements.py",
+        "return [*_EXCLUDED, *away, ",
+        "return [*_EXCLUDED, ",
+        (CERTIFICATE + "test_scorers_are_public_or_post_processing_or_leave_the_cluster",),
+    ),
+]
+
+_STAGES = [
+    Fault(
+        "charge",
+        "the stages of a run are recorded one by one, before the later ones are checked",
+        "dprlhf_ray/privacy/ledger.py",
+        'new.append(("schedule", d.dataset, d.stage, body))',
+        'self._append(("schedule", d.dataset, d.stage, body))',
+        (BUDGET + "test_of_the_stages_of_a_run_all_are_declared_or_none",),
+    ),
+    Fault(
+        "charge",
+        "each stage of a run is checked as if it were alone",
+        "dprlhf_ray/privacy/ledger.py",
+        "                known[d.stage] = chain.scheduled(d.dataset, d.stage, body)\n",
+        "",
+        (BUDGET + "test_of_the_stages_of_a_run_all_are_declared_or_none",),
+    ),
+    Fault(
+        "users",
+        "the population of users is counted in records",
+        "dprlhf_ray/data/units.py",
+        'users = privacy.unit == "user" and privacy.records_per_user is None',
+        "users = False",
+        (PLANNING + "test_users_are_counted_as_users",),
+    ),
+]
+
 FAULTS: tuple[Fault, ...] = tuple(
-    _CLIP + _PER_UNIT + _NOISE + _SAMPLING + _CHARGE + _ACCOUNTING + _LEDGER + _COUPLING + _RELEASES
+    _CLIP + _PER_UNIT + _NOISE + _SAMPLING + _CHARGE + _ACCOUNTING + _LEDGER + _COUPLING + _RELEASES + _PUBLIC + _STAGES
 )

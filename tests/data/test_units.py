@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from dprlhf_ray import config_file
 from dprlhf_ray.config import DataConfig, RunConfig
-from dprlhf_ray.data.columns import read_unit_ids
+from dprlhf_ray.data.columns import read_table, unit_ids
 from dprlhf_ray.data.preflight import preflight
-from dprlhf_ray.data.sources import load_prompts
+from dprlhf_ray.data.sources import at_most, load_records
 from dprlhf_ray.data.units import load_stage_data
 from dprlhf_ray.errors import ConfigError
 
 KEY = bytes(range(32))
+USER = {"epsilon": 4.0, "delta": 1e-4, "expected_batch": 10, "unit": "user"}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,10 @@ def config(data: dict[str, Any], *stages: dict[str, Any], **more: Any) -> RunCon
     )
 
 
+def ids_of(data: DataConfig, unit: Literal["record", "user"] = "record") -> list[str | None] | None:
+    return unit_ids(data, read_table(data, ["rl"]), unit)
+
+
 def halves(path: Path, **more: Any) -> dict[str, Any]:
     return {"source": str(path), "unit_column": "who", "partitions": {"a": 0.5, "b": 0.5}, **more}
 
@@ -48,14 +53,15 @@ def test_partitions_split_the_rows_and_the_units_between_the_stages(tmp_path: Pa
     stages = [{"data": "notes", "partition": p} for p in ("a", "b", None)]
     run = config({"notes": halves(path)}, *stages)
     a, b, everybody = (load_stage_data(run, s, tokenizer, KEY) for s in run.stages)
-    assert 60 < len(a.prompts) < 140 and len(a.prompts) + len(b.prompts) == len(everybody.prompts) == 200
-    assert a.units is not None and b.units is not None and everybody.units is not None
-    assert not a.units.digests & b.units.digests and a.units.digests | b.units.digests == everybody.units.digests
-    texts = [{p.text for p in part.prompts.items} for part in (a, b, everybody)]
+    assert 60 < len(a.records) < 140 and len(a.records) + len(b.records) == len(everybody.records) == 200
+    assert a.readers is not None and b.readers is not None and everybody.readers is not None
+    assert not a.readers.digests & b.readers.digests
+    assert a.readers.digests | b.readers.digests == everybody.readers.digests
+    texts = [{e.prompt.text for e in part.records.items} for part in (a, b, everybody)]
     assert not texts[0] & texts[1] and texts[0] | texts[1] == texts[2]
-    assert [p.slot for p in a.prompts.items] == list(range(len(a.prompts)))
-    again = load_stage_data(run, run.stages[0], tokenizer, KEY)
-    assert again.units == a.units and again.prompts == a.prompts
+    assert [e.prompt.slot for e in a.records.items] == list(range(len(a.records)))
+    assert a.units == tuple((slot,) for slot in range(len(a.records))) and a.records_per_draw == 1
+    assert load_stage_data(run, run.stages[0], tokenizer, KEY) == a
 
 
 def test_a_person_is_one_unit_in_all_sources_of_a_declared_data_set_and_in_no_other(
@@ -66,23 +72,23 @@ def test_a_person_is_one_unit_in_all_sources_of_a_declared_data_set_and_in_no_ot
     for name, same in (("people", True), (None, False)):
         data = {"prompts": halves(first, dataset=name), "pairs": halves(second, dataset=name)}
         run = config(data, {"data": "prompts", "partition": "a"}, {"data": "pairs", "partition": "a"})
-        one, other = (load_stage_data(run, s, tokenizer, KEY).units for s in run.stages)
+        one, other = (load_stage_data(run, s, tokenizer, KEY).readers for s in run.stages)
         assert (one == other) is same
 
 
 def test_a_row_without_an_id_is_null_and_in_no_partition(tmp_path: Path, tokenizer: Any) -> None:
     path = source(tmp_path, ["u0", None, "u2", ["u3"], " ", *[f"u{i}" for i in range(5, 60)]])
-    prompts = load_prompts(DataConfig(source=str(path), unit_column="who"), tokenizer)
-    assert [p.slot for p in prompts.items if not p.token_ids] == [1, 3, 4] and prompts.null_count == 3
+    records = load_records(DataConfig(source=str(path), unit_column="who"), "rl", tokenizer)
+    assert [e.prompt.slot for e in records.items if not e.prompt.token_ids] == [1, 3, 4] and records.null_count == 3
     run = config({"notes": halves(path)}, {"data": "notes", "partition": "a"}, {"data": "notes", "partition": "b"})
-    assert sum(len(load_stage_data(run, s, tokenizer, KEY).prompts) for s in run.stages) == 57
+    assert sum(len(load_stage_data(run, s, tokenizer, KEY).records) for s in run.stages) == 57
 
 
 def test_two_rows_of_one_unit_are_refused_without_its_id(tmp_path: Path) -> None:
     """Counted as two records, one person would move the sum by twice the clip norm."""
     path = source(tmp_path, ["alpha", "zebra-7731", "gamma", " zebra-7731"])
     with pytest.raises(ConfigError, match="records 2 and 4 have one id in column 'who'") as refused:
-        read_unit_ids(DataConfig(source=str(path), unit_column="who"))
+        ids_of(DataConfig(source=str(path), unit_column="who"))
     assert "zebra" not in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -106,10 +112,44 @@ def test_preflight_refuses_it_too_and_accepts_partitions_before_their_key_exists
 def test_a_column_that_is_not_there_or_names_nobody_is_one_line(tmp_path: Path) -> None:
     path = source(tmp_path, [None, [], 0.5])
     with pytest.raises(ConfigError, match=r"no column 'user'.*unit_column"):
-        read_unit_ids(DataConfig(source=str(path), unit_column="user"))
+        ids_of(DataConfig(source=str(path), unit_column="user"))
     with pytest.raises(ConfigError, match="not one id in column 'who'"):
-        read_unit_ids(DataConfig(source=str(path), unit_column="who"))
-    assert read_unit_ids(DataConfig(source=str(path))) is None
+        ids_of(DataConfig(source=str(path), unit_column="who"))
+    assert ids_of(DataConfig(source=str(path))) is None
+
+
+def test_users_are_all_rows_of_one_id_and_a_row_without_one_is_nobody_s(tmp_path: Path, tokenizer: Any) -> None:
+    """False: a user's rows would be several units, or a row without an id a user of its own."""
+    path = source(tmp_path, ["b", "a", None, "b", " a ", "c", "b"])
+    data = DataConfig(source=str(path), unit_column="who")
+    records = load_records(data, "rl", tokenizer, "user")
+    assert records.units("user") == ((0, 3, 6), (1, 4), (5,))
+    assert records.units("record") == tuple((slot,) for slot in range(7))
+    assert records.only([1, 3, 4, 6]).units("user") == ((0, 2), (1, 3))
+    with pytest.raises(ConfigError, match="records 1 and 4 have one id"):
+        load_records(data, "rl", tokenizer)
+
+
+def test_rows_of_a_user_beyond_the_first_k_are_null_and_touch_nobody_else(tmp_path: Path, tokenizer: Any) -> None:
+    """False: a user would own more sampled records than are accounted for."""
+    path = source(tmp_path, ["b", "a", "b", "b", "c", "a", "b"])
+    records = load_records(DataConfig(source=str(path), unit_column="who"), "rl", tokenizer, "user")
+    bounded = at_most(records, 2)
+    assert [e.prompt.slot for e in bounded.items if not e.prompt.token_ids] == [3, 6] and bounded.null_count == 2
+    assert bounded.ids == records.ids and [e.prompt.slot for e in bounded.items] == list(range(7))
+    assert all(b is e for b, e in zip(bounded.items, records.items, strict=True) if b.prompt.token_ids)
+
+
+def test_a_user_is_in_one_partition_with_all_records(tmp_path: Path, tokenizer: Any) -> None:
+    path = source(tmp_path, [f"u{i % 50}" for i in range(150)])
+    stages = [{"data": "notes", "partition": p, "privacy": {**USER, "records_per_draw": 2}} for p in ("a", "b")]
+    run = config({"notes": halves(path)}, *stages)
+    a, b = (load_stage_data(run, s, tokenizer, KEY) for s in run.stages)
+    assert len(a.units) + len(b.units) == 50 and all(len(u) == 3 for u in a.units + b.units)
+    assert a.records_per_draw == 2 and a.readers is not None and len(a.readers.digests) == len(a.units)
+    sampled = config({"notes": halves(path)}, {"data": "notes", "privacy": {**USER, "records_per_user": 1}})
+    whole = load_stage_data(sampled, sampled.stages[0], tokenizer, KEY)
+    assert len(whole.units) == 150 and whole.records.null_count == 100 and whole.records_per_draw == 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from dprlhf_ray import cli, pipeline
+from dprlhf_ray import cli, collect, pipeline
 from dprlhf_ray.actors import fleet, learner_group
 from dprlhf_ray.actors.cluster import ray
 from dprlhf_ray.actors.rollout import RolloutActor
@@ -58,10 +58,11 @@ def leaky_worker(seen: Path) -> Callable[[dict[str, Any]], None]:
 
         plain = learner.Learner.update
 
-        def update(self, experiences, baseline, redeem):  # type: ignore[no-untyped-def]
+        def update(self, units, *rest):  # type: ignore[no-untyped-def]
             if _armed("learner", seen):
-                raise ValueError(f"cannot learn from {[(e.prompt.text, e.prompt.token_ids) for e in experiences]}")
-            return plain(self, experiences, baseline, redeem)
+                texts = [(e.prompt.text, e.prompt.token_ids) for unit in units for e in unit]
+                raise ValueError(f"cannot learn from {texts}")
+            return plain(self, units, *rest)
 
         learner.Learner.update = update  # type: ignore[method-assign]
         learner_group._worker(config)
@@ -109,7 +110,7 @@ def main() -> None:
     tree = yaml.safe_load(Path(config).read_text())
     private = Path(next(iter(tree["data"].values()))["source"])
     texts = [json.loads(line)["prompt"] for line in private.read_text().splitlines()]
-    run, start, generate, rollout = pipeline.run, ray.init, fleet.Fleet.generate, pipeline.rollout
+    run, start, generate, gather = pipeline.run, ray.init, fleet.Fleet.generate, collect.Rollouts.collect
 
     def keep(self: fleet.Fleet, prompts: Any, count: int) -> Any:
         rows = generate(self, prompts, count)
@@ -118,10 +119,10 @@ def main() -> None:
                 file.writelines(json.dumps([list(prompt), list(c.token_ids), c.text]) + "\n" for c in row)
         return rows
 
-    def crash(drawn: Any, stage: Any, roles: Any) -> Any:
-        done = rollout(drawn, stage, roles)
+    def crash(self: collect.Rollouts, units: Any) -> Any:
+        done = gather(self, units)
         if _armed("driver", SEEN):
-            raise ValueError(f"cannot go on with {[(e.prompt.text, e.prompt.token_ids) for e in done]}")
+            raise ValueError(f"cannot go on with {[(e.prompt.text, e.prompt.token_ids) for u in done for e in u]}")
         return done
 
     def on_step(attempt: int, roles: Any) -> None:
@@ -137,7 +138,7 @@ def main() -> None:
     fleet.Fleet.generate = keep  # type: ignore[method-assign]
     fleet.Fleet.__init__.__kwdefaults__["actor_class"] = leaky_engine(SEEN, tree["model"]["name"])
     learner_group._worker = leaky_worker(SEEN)
-    pipeline.rollout = crash
+    collect.Rollouts.collect = crash  # type: ignore[method-assign]
     pipeline.run = lambda *a: run(*a, on_step=on_step)  # type: ignore[assignment]
     ray.init = lambda **options: start(object_store_memory=STORE, **options)
     sys.argv = ["dprlhf", "run", config, "--output", str(out)]

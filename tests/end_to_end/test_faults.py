@@ -20,8 +20,8 @@ from dprlhf_ray import pipeline
 from dprlhf_ray.actors.rollout import RolloutActor
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.observability.metrics import read_metrics
-from dprlhf_ray.pipeline import Roles
 from dprlhf_ray.privacy.planning import plan_stage
+from dprlhf_ray.stage_run import Roles
 from tests.end_to_end.runs import RECORDS, Command, World, attempts, final_version, forms, leaks, write_config
 
 LONG = 24  # attempts of the runs that are interrupted: more than fit between the third and the signal

@@ -12,8 +12,8 @@ import torch
 
 from dprlhf_ray import config_file, pipeline
 from dprlhf_ray.actors.fleet import Fleet
-from dprlhf_ray.pipeline import Roles
 from dprlhf_ray.privacy.ledger import Ledger
+from dprlhf_ray.stage_run import Roles
 from tests.end_to_end.rewards import CONSTANT
 from tests.end_to_end.runs import World, attempts, make_world
 from tests.end_to_end.test_faults import learner_processes

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from dprlhf_ray import pipeline
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.observability.metrics import read_metrics
-from dprlhf_ray.pipeline import Roles
+from dprlhf_ray.stage_run import Roles
 from tests.end_to_end.rewards import FAILS_ON, score
 from tests.end_to_end.runs import World, attempts, final_version, forms, leaks, token_forms
 

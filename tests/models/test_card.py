@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from dprlhf_ray import config_file
 from dprlhf_ray.config import RunConfig
-from dprlhf_ray.models.card import model_card, write_cards
+from dprlhf_ray.models.card import lineage, model_card, write_cards
 from dprlhf_ray.privacy.certificate import DatasetCost, certificate
 from dprlhf_ray.privacy.composition import Part, compose
 from dprlhf_ray.privacy.planning import plan_stage
@@ -68,3 +68,72 @@ def test_every_exported_folder_gets_one_and_it_is_written_again(tmp_path: Path) 
     (tmp_path / "adapter").mkdir()
     assert len(write_cards(tmp_path, config, config.stages[0], found)) == 2
     assert all("Not certified yet" not in (tmp_path / k / "README.md").read_text() for k in ("adapter", "merged"))
+
+
+STAGES = [
+    {"kind": "sft", "name": "warm", "data": "shown", "privacy": {"mode": "public", "expected_batch": 50, "steps": 3}},
+    {"kind": "reward_model", "name": "rm", "data": "pairs", "privacy": {
+        "epsilon": 4.0, "unit": "user", "expected_batch": 50, "steps": 3}},
+    {"name": "alone", "data": "reviews", "start": "model", "privacy": {
+        "epsilon": 2.0, "expected_batch": 50, "steps": 3}},
+    {"name": "last", "data": "reviews", "start": "warm", "scorer": {"kind": "ensemble", "members": [
+        {"kind": "reward_model", "stage": "rm"}, {"kind": "sentiment_rule"}]}, "privacy": {
+        "epsilon": 2.0, "expected_batch": 50, "steps": 3}},
+]  # fmt: skip
+DATA = {
+    "shown": {"source": "shown.jsonl", "public": True},
+    "pairs": {"source": "pairs.jsonl", "unit_column": "author"},
+    "reviews": {},
+}
+
+
+def pipeline_run() -> tuple[RunConfig, dict[str, Any]]:
+    """Public SFT, a reward model on users' pairs, and two RL stages of which only the last builds on the others."""
+    config = config_file.parse({"model": {"name": "org/base"}, "data": DATA, "stages": STAGES})
+    plans = [plan_stage(s, 1000) for s in config.stages]
+    ledger = {
+        "head": "ab" * 32,
+        "seq": 9,
+        "epoch": 1,
+        "stages": {p.ledger_stage: {"dataset": p.dataset, "attempts": 3} for p in plans},
+    }
+    costs = {}
+    for name in ("pairs", "reviews"):
+        mine = [p for p in plans if p.dataset == name]
+        composed = compose([Part(p.stage, p.step, None) for p in mine], mine[0].delta)
+        costs[name] = DatasetCost(composed, composed)
+    return config, certificate(config, plans, ledger, costs)
+
+
+def test_a_model_is_made_of_what_it_starts_from_and_of_what_scored_it() -> None:
+    """False: a card is silent on people whose data shaped the model."""
+    config, _ = pipeline_run()
+    made = {s.name: [x.name for x in lineage(config, s)] for s in config.stages}
+    assert made == {"warm": ["warm"], "rm": ["warm", "rm"], "alone": ["alone"], "last": ["warm", "rm", "last"]}
+
+
+def test_a_card_states_the_cost_of_every_data_set_that_its_model_is_made_of_and_of_no_other() -> None:
+    """False: a card names one of two private data sets, or one that its model never saw."""
+    config, found = pipeline_run()
+    cards = {s.name: ModelCard(model_card("merged", config, s, found)) for s in config.stages}
+    bounds = {n: f"epsilon {found['data_sets'][n]['run']['epsilon']:.4f} at delta" for n in ("pairs", "reviews")}
+    for name, told in {"warm": set(), "rm": {"pairs"}, "alone": {"reviews"}, "last": {"pairs", "reviews"}}.items():
+        assert {n for n, bound in bounds.items() if bound in cards[name].text} == told, name
+    assert (
+        "Nothing private was read to make this model" in cards["warm"].text and "declared public" in cards["warm"].text
+    )
+    assert "all records of one id together; the ids are in column author" in cards["rm"].text
+    for name, units in {"rm": "one user", "alone": "one record", "last": "one user or one record"}.items():
+        assert f"tells about {units}." in cards[name].text
+    assert "Differential privacy" not in cards["warm"].text and "does not cover" not in cards["warm"].text
+
+
+@pytest.mark.parametrize(("kind", "opens"), [("adapter", "AutoPeftModel"), ("merged", "AutoModel")])
+def test_a_reward_models_card_says_how_it_is_opened(kind: str, opens: str) -> None:
+    """False: its page on a hub offers text generation."""
+    config, found = pipeline_run()
+    card = ModelCard(model_card(kind, config, config.stages[1], found))
+    assert card.data.pipeline_tag == "text-classification" and f"{opens}ForSequenceClassification" in card.text
+    assert ("belongs on the model of stage warm" in card.text) is (kind == "adapter")
+    assert ModelCard(model_card(kind, config, config.stages[3], found)).data.pipeline_tag == "text-generation"
+    assert "Bradley-Terry" in card.text

@@ -63,6 +63,88 @@ def _metrics(folder: Path, config: RunConfig, clip_only: bool) -> None:
         log.write("rl", attempt, values)
 
 
+def _three_stages(folder: Path) -> str:
+    """Public sft, then a reward model and rl on the same private users; returns the report of the ended run."""
+    user = {"epsilon": 3.0, "unit": "user", "records_per_draw": 2, "steps": 2, "expected_batch": 50, "delta": 1e-4}
+    free = {"mode": "public", "steps": 2, "expected_batch": 50}
+    config = config_file.parse(
+        {
+            "data": {
+                "books": {"source": "books.jsonl", "public": True},
+                "ratings": {"source": "pairs.jsonl", "unit_column": "who", "dataset": "people"},
+                "chats": {"source": "chats.jsonl", "unit_column": "who", "dataset": "people"},
+                "shown": {"source": "shown.jsonl", "public": True},
+            },
+            "stages": [
+                {"kind": "sft", "data": "books", "heldout": "books", "privacy": free},
+                {"kind": "reward_model", "data": "ratings", "heldout": "shown", "privacy": user},
+                {"kind": "rl", "data": "chats", "privacy": user, "adapter": {"kind": "full"},
+                 "scorer": {"kind": "reward_model", "stage": "reward_model"}},
+            ],
+        }
+    )  # fmt: skip
+    (folder / "config.yaml").write_text(config_file.dump(config))
+    log = MetricsLog(folder, config.tracking, "test")
+    released = {"sft": ("nll", "log_likelihood"), "reward_model": ("accuracy", "accuracy"), "rl": ("reward", "reward")}
+    for stage, (private, public) in released.items():
+        for attempt in (1, 2):
+            values = [
+                Released(f"private/{private}", 0.5, "noised", 0.02),
+                Released("private/margin", 0.25, "noised", 0.1),
+            ]
+            values += [Released(f"public/{public}", -0.5 if stage == "sft" else 0.5, "public_prompts")]
+            values += [] if stage == "sft" else [Released("epsilon_spent", 1.4 * attempt, "accounting")]
+            log.write(stage, attempt, values)
+        before, after = ([-2.0, -3.0], [-1.5, -2.0]) if stage == "sft" else ([0.0, 1.0], [1.0, 1.0])
+        halves = {"before": {"rewards": before, "texts": []}, "after": {"rewards": after, "texts": []}}
+        tree = {"measure": public, "comparison": compare(before, after).as_dict(), "prompts": [], **halves}
+        (folder / f"evaluation-{stage}.json").write_text(json.dumps(tree))
+    plans = [plan_stage(s, 100 + 900 * (s.kind != "sft"), None, config.dataset_of(s.data)) for s in config.stages]
+    private = [Part(p.stage, p.step, None) for p in plans if not p.public]
+    composed = compose(private, 1e-4)
+    stages = {p.ledger_stage: {"dataset": p.dataset, "attempts": 2} for p in plans}
+    ledger = {"head": "ab" * 32, "seq": 9, "epoch": 2, "stages": stages}
+    write_certificate(folder, config, plans, ledger, {"people": DatasetCost(composed, composed)})
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+def test_three_stages_are_in_one_table_each_with_its_cost_its_start_and_its_own_measure(tmp_path: Path) -> None:
+    """False: a public stage seems to cost something, a stage's figure is another's, or nobody says who is protected."""
+    page = _three_stages(tmp_path)
+    (table,) = re.findall(r"All stages.*?</table>", page, flags=re.DOTALL)
+    sft, model, rl = (" ".join(re.sub("<.*?>", " ", row).split()) for row in table.split("<tr><td>")[1:])
+    certificate = json.loads((tmp_path / "certificate.json").read_text())
+    alone = [f"{s['epsilon']['certified']:.4f}" for s in certificate["stages"][1:]]
+    assert "public data: costs nothing" in sft and "log-likelihood" in sft and "-2.500 → -1.750" in sft
+    assert "nothing is protected" in sft and "embedded" in sft
+    assert "share of pairs in the right order" in model and "0.500 → 1.000" in model and alone[0] in model
+    assert "user, with up to 2 records per draw" in model and "stage sft" in model
+    assert "stage sft" in rl and "reward model of stage reward_model" in rl and alone[1] in rl and "mean reward" in rl
+    assert "one user: all records of one id together" in page and "ratings = " not in page
+    assert f"ε = {certificate['data_sets']['people']['run']['epsilon']:.4f}" in page
+
+
+def test_each_kind_of_stage_has_plots_of_what_it_releases_and_public_data_is_not_called_private(tmp_path: Path) -> None:
+    page = _three_stages(tmp_path)
+    sft, model, rl = page.split('<h2 id="stage-')[1:]
+    assert "Negative log-likelihood" in sft and "public data, noised" in sft and "private data, noised" not in sft
+    assert "Epsilon spent" not in sft and "Epsilon spent" in model and "Epsilon spent" in rl.split("Mechanism")[0]
+    assert "in the right order" in model and "above the rejected" in model and "private data, noised" in model
+    assert "Public pairs, before and after" not in model, "a histogram of zeros and ones says nothing"
+    assert "Continuations before and after" not in page and "rl, full" not in rl and "reinforce, full" in rl
+
+
+def test_a_run_on_public_data_only_says_that_there_is_nothing_to_guarantee(tmp_path: Path) -> None:
+    stage = {"data": "books", "privacy": {"mode": "public", "steps": 2, "expected_batch": 10}}
+    config = config_file.parse({"data": {"books": {"source": "books.jsonl", "public": True}}, "stages": [stage]})
+    (tmp_path / "config.yaml").write_text(config_file.dump(config))
+    plan = plan_stage(config.stages[0], 100, None, "books")
+    write_certificate(tmp_path, config, [plan], {"head": "ab", "seq": 1, "epoch": 1, "stages": {}}, {})
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "No private data set was read" in page and "there is nothing to guarantee" in page
+    assert "NOT certified" not in page and "no guarantee" not in page and "ε = " not in page
+
+
 def test_a_certified_run_shows_its_guarantee_its_gain_and_where_each_metric_comes_from(tmp_path: Path) -> None:
     page = _run(tmp_path)
     certificate = json.loads((tmp_path / "certificate.json").read_text())
@@ -78,7 +160,7 @@ def test_a_certified_run_shows_its_guarantee_its_gain_and_where_each_metric_come
         r"<tr><td>(?:[\w/]+)</td><td>[\d.]+</td><td>[\d.–]+</td>\s*<td><span class=\"origin\">(.+?)<", page
     )
     assert len(rows) == len(origins) == 5
-    assert origins[0] == "private data, noised" and origins[3:] == ["accounting", "public prompts"]
+    assert origins[0] == "private data, noised" and origins[3:] == ["accounting", "public records"]
     assert page.count("<svg") == 5
 
 
@@ -110,7 +192,8 @@ def test_text_of_samples_is_escaped_and_only_the_configured_number_is_shown(tmp_
     assert "hidden" not in page
 
 
-def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", [1, 3])
+def test_the_page_needs_no_network_and_no_script(stages: int, tmp_path: Path) -> None:
     class Page(HTMLParser):
         def __init__(self) -> None:
             super().__init__()
@@ -124,7 +207,7 @@ def test_the_page_needs_no_network_and_no_script(tmp_path: Path) -> None:
             ]
 
     parsed = Page()
-    page = _run(tmp_path)
+    page = _three_stages(tmp_path) if stages == 3 else _run(tmp_path)
     parsed.feed(page)
     assert not parsed.links
     assert not parsed.tags & {"script", "link", "img", "iframe", "object"}

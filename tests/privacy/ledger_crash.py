@@ -16,13 +16,14 @@ from sqlalchemy.engine.default import DefaultDialect
 
 from dprlhf_ray.errors import LedgerDamaged
 from dprlhf_ray.privacy import budget, filter
+from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.chain import Schedule
 from dprlhf_ray.privacy.ledger import Ledger
 from tests.privacy.ledger_place import LONG, SMALL, Place
 
 PLAN = replace(SMALL, steps=4)
-SCRIPT = ("open", "budget", "declare", "declare adaptive", "charge", "charge adaptive", "lower", "open", "charge")
-KIND = {name: {"declare": "schedule", "lower": "budget"}.get(name.split()[0], name.split()[0]) for name in SCRIPT}
+SCRIPT = ("open", "budget", "declare", "charge", "charge adaptive", "lower", "open", "charge")
+KINDS = {name: [name.split()[0]] for name in SCRIPT} | {"declare": ["schedule", "schedule"], "lower": ["budget"]}
 SYSTEM_CALLS = ("fsync", "fdatasync", "pwrite", "rename", "replace")
 
 # Its server process imports this module once and forks a clean client for each start.
@@ -31,7 +32,7 @@ processes.set_forkserver_preload(["tests.privacy.ledger_crash"])
 
 
 def perform(ledger: Ledger | None, name: str, place: Place) -> tuple[Ledger, int]:
-    """One line of the script: it appends exactly one entry. Returns the ledger and the entry's place."""
+    """One line of the script: it appends its `KINDS`, all or none. Returns the ledger and the last entry's place."""
     if name == "open" or ledger is None:
         if ledger is not None:
             ledger.close()
@@ -41,9 +42,8 @@ def perform(ledger: Ledger | None, name: str, place: Place) -> tuple[Ledger, int
     elif name == "lower":
         ledger.set_budget("reviews", 50.0, 1e-5)
     elif name == "declare":
-        ledger.declare("reviews", "rl", LONG, 8.0, 1e-5)
-    elif name == "declare adaptive":
-        ledger.declare("reviews", "adaptive", PLAN, 8.0, 1e-5, adaptive=True)
+        adaptive = Declaration("reviews", "adaptive", PLAN, 8.0, 1e-5, adaptive=True)
+        ledger.declare([Declaration("reviews", "rl", LONG, 8.0, 1e-5), adaptive])
     else:
         ledger.charge("rl" if name == "charge" else "adaptive")
     return ledger, ledger.seq
@@ -54,7 +54,7 @@ def _warm() -> None:
     kept = filter.choose_order(PLAN, 8.0, 1e-5)
     fixed = Schedule("reviews", "rl", LONG, 8.0, 1e-5)
     adaptive = Schedule("reviews", "adaptive", PLAN, 8.0, 1e-5, alpha=kept.alpha, rho_budget=kept.rho_budget)
-    budget.check_stage("rl", LONG, 8.0, 1e-5, large=False, adaptive=False)
+    budget.check_stage(Declaration("reviews", "rl", LONG, 8.0, 1e-5))
     for declared in ([fixed], [fixed, adaptive]):
         budget.cost(declared, 1e-5)
 

@@ -38,7 +38,7 @@ def _ledger(plans: list[StagePlan], attempts: int = 3) -> dict[str, Any]:
 def _costs(plans: list[StagePlan], units: dict[str, Units] | None = None) -> dict[str, DatasetCost]:
     """What an accountant would say that knows of these plans only."""
     found = {}
-    for name in dict.fromkeys(p.dataset for p in plans):
+    for name in dict.fromkeys(p.dataset for p in plans if not p.public):
         parts = [Part(p.ledger_stage, p.step, (units or {}).get(p.stage)) for p in plans if p.dataset == name]
         composed = compose(parts, min(p.delta for p in plans if p.dataset == name))
         found[name] = DatasetCost(composed, composed)
@@ -204,3 +204,107 @@ def test_an_adaptive_stage_certifies_its_filter_and_not_its_plan() -> None:
     assert run["epsilon"] == pytest.approx(4.0, rel=1e-6) and run["epsilon_pld"] is None
     assert stage["epsilon"]["certified"] == 4.0 > stage["epsilon"]["pld"]
     assert "epsilon 4.0000" in readable(found)
+
+
+# ------------------------------------------------------------------------------------ public stages, users, scorers
+
+PUBLIC = {"mode": "public", "steps": 2, "expected_batch": 50}
+OPENINGS = {"source": "embedded:public-openings", "public": True}
+
+
+def _run(stages: list[dict[str, Any]], data: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    config = config_file.parse({"data": data, "stages": stages})
+    plans = _plans(config)
+    found = certificate(config, plans, _ledger(plans), _costs(plans))
+    return found, readable(found)
+
+
+def test_a_public_stage_costs_nothing_voids_nothing_and_is_named() -> None:
+    """False: a warm start on public data voids a private run, is charged to it, or hides what was declared public."""
+    stages = [
+        {"kind": "sft", "data": "openings", "privacy": PUBLIC, "heldout": "held"},
+        {"kind": "rl", "data": "reviews", "privacy": DP},
+    ]
+    data = {"openings": OPENINGS, "reviews": {}, "held": {"source": "held.jsonl", "public": True}}
+    found, text = _run(stages, data)
+    alone, _ = _certificate(DP)
+    assert found["certified"] and found["voided_by"] == []
+    assert list(found["data_sets"]) == ["reviews"]
+    assert found["data_sets"]["reviews"]["run"] == alone["data_sets"]["reviews"]["run"] | {
+        "groups": [alone["data_sets"]["reviews"]["run"]["groups"][0] | {"stages": ["rl"]}]
+    }
+    for same in ("noise", "accounting_mode", "statement", "excluded"):
+        assert found[same] == alone[same]
+    free, private = found["stages"]
+    assert (free["guarantee"], free["epsilon"], free["delta"], free["attempts_charged"]) == ("public", None, None, 3)
+    assert (private["guarantee"], private["epsilon_target"]) == ("dp", 4.0)
+    assert found["public"]["data sets"] == ["openings = embedded:public-openings", "held = held.jsonl"]
+    assert found["public"]["held-out data sets"] == ["held"]
+    assert found["post_processing"] == ["stage rl starts from what stage sft released"]
+    assert "private/*" in found["metrics_released"] and "private/* of stage sft" in found["metrics_released"]
+    assert "public: costs nothing" in text and "openings = embedded:public-openings" in text
+
+
+def test_a_run_of_public_stages_is_certified_for_nothing_private_and_says_so() -> None:
+    found, text = _run([{"kind": "sft", "data": "openings", "privacy": PUBLIC}], {"openings": OPENINGS})
+    assert found["certified"] and found["data_sets"] == {} and found["voided_by"] == []
+    assert found["statement"].startswith("Nothing private was read") and found["statement"] in text
+    assert "differentially private" not in text and "no guarantee" not in text and "epsilon 0" not in text
+    assert (found["noise"], found["accounting_mode"]) == ("none", "none")
+    assert not any("finite precision" in e for e in found["excluded"])
+
+
+def test_a_public_stage_does_not_make_up_for_a_control() -> None:
+    stages = [{"kind": "sft", "data": "openings", "privacy": PUBLIC}, {"data": "reviews", "privacy": CLIP_ONLY}]
+    found, text = _run(stages, {"openings": OPENINGS, "reviews": {}})
+    assert not found["certified"] and len(found["voided_by"]) == 1 and "stage rl" in found["voided_by"][0]
+    assert found["data_sets"]["reviews"]["run"]["epsilon"] is None and "NOT CERTIFIED" in text
+
+
+def test_users_are_named_by_their_column_with_what_one_brings_to_a_draw() -> None:
+    """False: whoever reads the certificate takes it for a guarantee of single records, or cannot tell whose."""
+    data = {
+        "pairs": {"source": "pairs.jsonl", "dataset": "people", "unit_column": "author"},
+        "prompts": {"source": "prompts.jsonl", "dataset": "people", "unit_column": "user"},
+    }
+    users = DP | {"unit": "user", "records_per_draw": 7}
+    stages = [
+        {"kind": "reward_model", "data": "pairs", "privacy": users},
+        {"kind": "rl", "data": "prompts", "privacy": DP | {"unit": "user", "records_per_user": 3}},
+    ]
+    found, text = _run(stages, data)
+    people = found["data_sets"]["people"]
+    assert people["unit"] == "user" and "author (pairs), user (prompts)" in people["unit_means"]
+    first, second = found["stages"]
+    assert "users are sampled" in first["records"] and "at most 7 of their own" in first["records"]
+    assert "records are sampled" in second["records"] and "at most 3 records" in second["records"]
+    assert first["mechanism"]["records_per_user"] is None and second["mechanism"]["records_per_user"] == 3
+    assert [p["of"] for p in people["partitions"]] == ["user", "record"]
+    assert any("a user is one person" in a for a in found["assumed"])
+    for said in (people["unit_means"], first["records"], second["records"], "1000 records"):
+        assert said in text
+    record = _certificate(DP)[0]
+    assert record["data_sets"]["reviews"]["unit_means"] == "one record" and record["stages"][0]["records"] is None
+    assert not any("a user is" in a for a in record["assumed"])
+
+
+def test_scorers_are_public_or_post_processing_or_leave_the_cluster() -> None:
+    """False: a reward model of private pairs counts as public, or nobody is told that texts are sent away."""
+    members = [
+        {"kind": "reward_model", "stage": "judge"},
+        {"kind": "classifier", "model": "org/sentiment", "label": "POSITIVE"},
+        {"kind": "http", "url": "https://me:secret@judge.example.org/v1?key=token", "sends_private_text": True},
+    ]
+    stages = [
+        {"kind": "reward_model", "name": "judge", "data": "reviews", "privacy": DP},
+        {"kind": "rl", "data": "reviews", "privacy": DP, "scorer": {"kind": "ensemble", "members": members}},
+    ]
+    found, text = _run(stages, {"reviews": {}})
+    assert found["certified"]
+    assert found["public"]["scorers"] == ["classifier org/sentiment", "http judge.example.org"]
+    assert found["post_processing"] == ["stage rl is scored by the reward model that stage judge released"]
+    assert any("judge.example.org" in e and "leave the cluster" in e for e in found["excluded"])
+    assert any("http scorers" in a for a in found["assumed"])
+    assert "secret" not in text and "token" not in text.split("Software")[0]
+    plain = _certificate(DP)[0]
+    assert not any("leave the cluster" in e for e in plain["excluded"]) and plain["post_processing"] == []

@@ -135,3 +135,40 @@ def test_an_adaptive_stage_is_composed_by_what_its_filter_lets_through() -> None
 def test_nothing_declared_is_refused_not_free() -> None:
     with pytest.raises(ConfigError):
         compose([], DELTA)
+
+
+def test_users_are_one_unit_in_all_sources_of_a_data_set() -> None:
+    """Stages on two sources under one declared name: whoever has records in both pays for both, and nobody else."""
+    user = replace(STEP, unit="user")
+    letters = units(KEY, "people", ["ann", "ann", "bob", None, "ann"])
+    pairs, others = units(KEY, "people", ["bob", "cid", "cid"]), units(KEY, "people", ["cid", "dan", "dan"])
+    shared = compose([Part("sft", user, letters), Part("rm", user, pairs)], DELTA)
+    assert shared.bound is not None and shared.bound.epsilon == pld(user, user)
+    assert shared.reason.startswith("sequential")
+    apart = compose([Part("sft", user, letters), Part("rl", user, others)], DELTA)
+    assert apart.bound is not None and apart.bound.epsilon == pld(user) and apart.reason.startswith("parallel")
+    chain = compose([Part("sft", user, letters), Part("rm", user, pairs), Part("rl", user, others)], DELTA)
+    assert [g.stages for g in chain.groups] == [("sft", "rm"), ("rm", "rl")]
+    assert not units(KEY, "strangers", ["ann", "bob"]).digests & letters.digests  # another data set: somebody else
+
+
+def test_partitions_of_users_compose_in_parallel_however_they_are_sampled() -> None:
+    """False: a user's records fall into two partitions, or the kind of sampling changes who is read."""
+    rows = [u for u in IDS for _ in range(3)]
+    found = {}
+    for name, span in spans({"a": 0.5, "b": 0.5}).items():
+        mine = [rows[i] for i in assign(KEY, "d", rows, span)]
+        assert all(mine.count(u) == 3 for u in set(mine))
+        found[name] = units(KEY, "d", mine, span)
+    by_user = replace(STEP, unit="user", population=200)
+    by_record = replace(by_user, population=600, records_per_user=3)
+    split = compose([Part("a", by_user, found["a"]), Part("b", by_record, found["b"])], DELTA)
+    assert split.bound is not None and split.bound.epsilon == max(pld(by_user), pld(by_record))
+    again = compose([Part("a", by_user, found["a"]), Part("b", by_record, found["a"])], DELTA)
+    assert again.bound is not None and again.bound.epsilon == pld(by_user, by_record) > split.bound.epsilon
+
+
+def test_users_and_records_do_not_compose() -> None:
+    """A data set whose stages protect different units has no one figure."""
+    with pytest.raises(ConfigError, match="same unit"):
+        compose([part("a", "x"), part("b", "x", replace(STEP, unit="user"))], DELTA)

@@ -14,6 +14,7 @@ import torch
 
 from dprlhf_ray.errors import ConfigError, LedgerDamaged
 from dprlhf_ray.privacy import accounting
+from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.clipping import ClippedSum
 from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.mechanism import DPStep
@@ -42,7 +43,7 @@ def test_parameters_that_are_changed_in_place_are_refused(tmp_path: Path) -> Non
     """False: the keyed hash does not cover what was declared, and a schedule can be made to look cheaper."""
     path = tmp_path / "ledger.db"
     ledger = Ledger.open(path)
-    ledger.declare("reviews", "rl", STEP, 8.0, 1e-5)
+    ledger.declare([Declaration("reviews", "rl", STEP, 8.0, 1e-5)])
     ledger.close()
     with sqlite3.connect(path) as connection:
         old, new = '"clip_norm":0.5', '"clip_norm":0.6'
@@ -60,8 +61,8 @@ def test_a_target_is_kept_to_its_last_digits(tmp_path: Path) -> None:
     cost = accounting.epsilon(STEP, 1e-5).pld
     ledger = Ledger.open(tmp_path / "ledger.db")
     with pytest.raises(ConfigError, match="costs"):
-        ledger.declare("reviews", "rl", STEP, cost * (1 - 1e-6), 1e-5)
-    ledger.declare("reviews", "rl", STEP, cost, 1e-5)
+        ledger.declare([Declaration("reviews", "rl", STEP, cost * (1 - 1e-6), 1e-5)])
+    ledger.declare([Declaration("reviews", "rl", STEP, cost, 1e-5)])
 
 
 @pytest.mark.parametrize("what", ["noise", "draw"])

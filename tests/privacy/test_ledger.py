@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dprlhf_ray.errors import BudgetExhausted, ConfigError, LedgerDamaged
+from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.mechanism import DPStep
 from tests.privacy.ledger_place import LONG, SMALL, Place, schema
@@ -19,7 +20,7 @@ from tests.privacy.ledger_place import LONG, SMALL, Place, schema
 def filled(place: Place) -> str:
     """A closed ledger with one schedule and three charges; returns its head."""
     ledger = place.open()
-    ledger.declare("reviews", "rl", SMALL, 8.0, 1e-5)
+    ledger.declare([Declaration("reviews", "rl", SMALL, 8.0, 1e-5)])
     for _ in range(3):
         ledger.charge("rl")
     ledger.close()
@@ -39,10 +40,10 @@ def refused(place: Place) -> None:
 
 def test_a_schedule_gets_exactly_its_attempts_also_over_a_restart(place: Place) -> None:
     ledger = place.open()
-    ledger.declare("reviews", "rl", SMALL, 8.0, 1e-5)
+    ledger.declare([Declaration("reviews", "rl", SMALL, 8.0, 1e-5)])
     assert [ledger.charge("rl").attempt for _ in range(2)] == [1, 2]
     ledger = place.open()
-    ledger.declare("reviews", "rl", SMALL, 8.0, 1e-5)
+    ledger.declare([Declaration("reviews", "rl", SMALL, 8.0, 1e-5)])
     assert ledger.charge("rl").attempt == 3
     with pytest.raises(BudgetExhausted):
         ledger.charge("rl")
@@ -61,18 +62,18 @@ def test_what_was_not_declared_or_is_not_sound_is_refused(place: Place) -> None:
     with pytest.raises(ConfigError, match="not declared"):
         ledger.charge("rl")
     with pytest.raises(ConfigError, match="never means"):
-        ledger.declare("reviews", "rl", SMALL, None, 1e-5)
+        ledger.declare([Declaration("reviews", "rl", SMALL, None, 1e-5)])
     with pytest.raises(ConfigError, match="1/N"):
-        ledger.declare("reviews", "rl", SMALL, 8.0, 1e-3)
+        ledger.declare([Declaration("reviews", "rl", SMALL, 8.0, 1e-3)])
     with pytest.raises(ConfigError, match="costs"):
-        ledger.declare("reviews", "rl", SMALL, 0.01, 1e-5)
+        ledger.declare([Declaration("reviews", "rl", SMALL, 0.01, 1e-5)])
     for epsilon in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="epsilon"):
-            ledger.declare("reviews", "rl", SMALL, epsilon, 1e-5)
-    ledger.declare("reviews", "rl", SMALL, 8.0, 1e-5)
+            ledger.declare([Declaration("reviews", "rl", SMALL, epsilon, 1e-5)])
+    ledger.declare([Declaration("reviews", "rl", SMALL, 8.0, 1e-5)])
     for other in (("other", SMALL, 8.0), ("reviews", LONG, 8.0), ("reviews", SMALL, 9.0)):
         with pytest.raises(ConfigError, match="other parameters"):
-            ledger.declare(other[0], "rl", other[1], other[2], 1e-5)
+            ledger.declare([Declaration(other[0], "rl", other[1], other[2], 1e-5)])
     assert place.read().seq == 2
 
 
@@ -80,8 +81,8 @@ def test_a_clip_only_stage_says_that_it_guarantees_nothing(place: Place) -> None
     ledger = place.open()
     control = DPStep("record", "zero_out", 10_000, 0.04, 0.0, 0.5, 1, 1, None)
     with pytest.raises(ConfigError, match="guarantees no"):
-        ledger.declare("reviews", "control", control, 8.0, 1e-5)
-    ledger.declare("reviews", "control", control, None, 1e-5)
+        ledger.declare([Declaration("reviews", "control", control, 8.0, 1e-5)])
+    ledger.declare([Declaration("reviews", "control", control, None, 1e-5)])
     ledger.charge("control")
     with pytest.raises(BudgetExhausted):
         ledger.charge("control")
@@ -90,7 +91,7 @@ def test_a_clip_only_stage_says_that_it_guarantees_nothing(place: Place) -> None
 
 def test_an_older_writer_is_fenced(place: Place) -> None:
     old = place.open()
-    old.declare("reviews", "rl", SMALL, 8.0, 1e-5)
+    old.declare([Declaration("reviews", "rl", SMALL, 8.0, 1e-5)])
     new = place.open()
     for words in ("fenced, a newer writer", "closed, fenced or failed"):
         with pytest.raises(LedgerDamaged, match=words):
@@ -198,7 +199,7 @@ def test_a_rollback_to_an_older_copy_is_refused_where_a_recorded_head_can_tell(
 ) -> None:
     """A ledger that is older than a checkpoint made under it would pay for the same steps twice."""
     ledger = place.open()
-    ledger.declare("reviews", "rl", SMALL, 8.0, 1e-5)
+    ledger.declare([Declaration("reviews", "rl", SMALL, 8.0, 1e-5)])
     ledger.close()
     copy = place.rows()
     ledger = place.open()

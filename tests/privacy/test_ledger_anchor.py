@@ -13,6 +13,7 @@ import pytest
 from dprlhf_ray.errors import ConfigError, LedgerDamaged
 from dprlhf_ray.privacy import anchor as anchors
 from dprlhf_ray.privacy.anchor import Mark
+from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.ledger import Ledger
 from tests.privacy.ledger_place import LONG, Place
 
@@ -20,7 +21,7 @@ from tests.privacy.ledger_place import LONG, Place
 def charged(place: Place, charges: int) -> Ledger:
     """An open, anchored ledger with this many more charges."""
     ledger = place.open(anchor_file=place.anchor)
-    ledger.declare("reviews", "rl", LONG, 8.0, 1e-5)
+    ledger.declare([Declaration("reviews", "rl", LONG, 8.0, 1e-5)])
     for _ in range(charges):
         ledger.charge("rl")
     return ledger
@@ -112,7 +113,7 @@ def test_a_crash_between_the_first_commit_and_its_anchor_is_no_damage(
 
 def test_a_ledger_that_was_never_anchored_takes_a_new_anchor(place: Place) -> None:
     ledger = place.open()
-    ledger.declare("reviews", "rl", LONG, 8.0, 1e-5)
+    ledger.declare([Declaration("reviews", "rl", LONG, 8.0, 1e-5)])
     ledger.charge("rl")
     ledger.close()
     assert not place.read(anchor_file=place.anchor).anchored

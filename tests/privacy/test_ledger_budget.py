@@ -13,6 +13,7 @@ from dprlhf_ray import config_file
 from dprlhf_ray.actors.accountant import AccountantActor
 from dprlhf_ray.errors import BudgetExhausted, ConfigError, LedgerDamaged
 from dprlhf_ray.privacy import accounting, budget, chain, filter
+from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.chain import Budget, Entry, Schedule
 from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.ledger_key import read_key
@@ -28,7 +29,7 @@ PLAN = replace(SMALL, steps=4)
 def test_adaptive_charges_stop_at_the_filter_and_never_above_the_target(place: Place) -> None:
     """Any mixture of draws that was let through costs at most the target, by PLDs of what they were."""
     ledger = place.open()
-    ledger.declare("reviews", "rl", PLAN, 1.0, 1e-5, adaptive=True)
+    ledger.declare([Declaration("reviews", "rl", PLAN, 1.0, 1e-5, adaptive=True)])
     chosen = [PLAN, replace(PLAN, noise_multiplier=1.8, sampling_rate=0.02), replace(PLAN, sampling_rate=0.06)]
     let_through: list[DPStep] = []
     with pytest.raises(BudgetExhausted, match="too little"):
@@ -49,7 +50,7 @@ def test_adaptive_charges_stop_at_the_filter_and_never_above_the_target(place: P
 
 def test_a_refused_adaptive_charge_spends_nothing_and_a_cheaper_one_still_fits(place: Place) -> None:
     ledger = place.open()
-    ledger.declare("reviews", "rl", PLAN, 1.0, 1e-5, adaptive=True)
+    ledger.declare([Declaration("reviews", "rl", PLAN, 1.0, 1e-5, adaptive=True)])
     before = ledger.schedule("rl")
     with pytest.raises(BudgetExhausted):
         ledger.charge("rl", replace(PLAN, noise_multiplier=0.1, sampling_rate=1.0))
@@ -59,7 +60,7 @@ def test_a_refused_adaptive_charge_spends_nothing_and_a_cheaper_one_still_fits(p
 
 def test_what_has_no_divergence_or_other_neighbours_is_no_adaptive_charge(place: Place) -> None:
     ledger = place.open()
-    ledger.declare("reviews", "rl", PLAN, 8.0, 1e-5, adaptive=True)
+    ledger.declare([Declaration("reviews", "rl", PLAN, 8.0, 1e-5, adaptive=True)])
     for step in (
         replace(PLAN, noise_multiplier=0.0),
         replace(PLAN, population=5_000),
@@ -69,14 +70,14 @@ def test_what_has_no_divergence_or_other_neighbours_is_no_adaptive_charge(place:
         with pytest.raises(ConfigError):
             ledger.charge("rl", step)
     with pytest.raises(ConfigError):
-        ledger.declare("reviews", "clip", replace(PLAN, noise_multiplier=0.0), None, 1e-5, adaptive=True)
+        ledger.declare([Declaration("reviews", "clip", replace(PLAN, noise_multiplier=0.0), None, 1e-5, adaptive=True)])
     assert ledger.spent("rl") == 0
 
 
 def test_a_fixed_schedule_takes_its_own_step_only(place: Place) -> None:
     """Less noise than declared would break the certificate, which states the schedule."""
     ledger = place.open()
-    ledger.declare("reviews", "rl", SMALL, 8.0, 1e-5)
+    ledger.declare([Declaration("reviews", "rl", SMALL, 8.0, 1e-5)])
     assert ledger.charge("rl", SMALL).attempt == 1
     for step in (replace(SMALL, noise_multiplier=1.0), replace(SMALL, sampling_rate=0.01)):
         with pytest.raises(ConfigError, match="fixed"):
@@ -85,16 +86,16 @@ def test_a_fixed_schedule_takes_its_own_step_only(place: Place) -> None:
 
 
 def test_fixed_and_adaptive_are_not_taken_for_each_other_after_a_restart(place: Place) -> None:
-    place.open().declare("reviews", "rl", SMALL, 8.0, 1e-5)
+    place.open().declare([Declaration("reviews", "rl", SMALL, 8.0, 1e-5)])
     ledger = place.open()
     with pytest.raises(ConfigError, match="other parameters"):
-        ledger.declare("reviews", "rl", SMALL, 8.0, 1e-5, adaptive=True)
-    ledger.declare("reviews", "second", SMALL, 8.0, 1e-5, adaptive=True)
+        ledger.declare([Declaration("reviews", "rl", SMALL, 8.0, 1e-5, adaptive=True)])
+    ledger.declare([Declaration("reviews", "second", SMALL, 8.0, 1e-5, adaptive=True)])
     ledger.charge("second")
     again = place.open()
-    again.declare("reviews", "second", SMALL, 8.0, 1e-5, adaptive=True)
+    again.declare([Declaration("reviews", "second", SMALL, 8.0, 1e-5, adaptive=True)])
     with pytest.raises(ConfigError, match="other parameters"):
-        again.declare("reviews", "second", SMALL, 8.0, 1e-5)
+        again.declare([Declaration("reviews", "second", SMALL, 8.0, 1e-5)])
     assert again.spent("second") == 1
 
 
@@ -113,7 +114,7 @@ def test_replay_refuses_charges_over_the_filter_and_silent_raises(place: Place) 
     ledger = place.open()
     ledger.set_budget("reviews", 9.0, 1e-5)
     ledger.set_budget("reviews", 8.5, 1e-5)
-    ledger.declare("reviews", "rl", PLAN, 8.0, 1e-5, adaptive=True)
+    ledger.declare([Declaration("reviews", "rl", PLAN, 8.0, 1e-5, adaptive=True)])
     ledger.charge("rl")
     ledger.close()
     key = read_key(place.key)
@@ -141,26 +142,49 @@ def test_what_is_declared_on_a_data_set_over_all_runs_fits_its_budget(place: Pla
     two = accounting.compose([SMALL, SMALL], 1e-5).pld
     ledger = place.open()
     ledger.set_budget("reviews", two, 1e-5)
-    ledger.declare("reviews", "run-1/rl", SMALL, one, 1e-5)
+    ledger.declare([Declaration("reviews", "run-1/rl", SMALL, one, 1e-5)])
     ledger.close()
     ledger = place.open()  # another run
     ledger.set_budget("reviews", two, 1e-5)
-    ledger.declare("reviews", "run-2/rl", SMALL, one, 1e-5)
+    ledger.declare([Declaration("reviews", "run-2/rl", SMALL, one, 1e-5)])
     with pytest.raises(BudgetExhausted, match="reviews"):
-        ledger.declare("reviews", "run-3/rl", SMALL, one, 1e-5)
+        ledger.declare([Declaration("reviews", "run-3/rl", SMALL, one, 1e-5)])
     with pytest.raises(BudgetExhausted):
-        ledger.declare("reviews", "run-3/rl", SMALL, 8.0, 1e-5, adaptive=True)
-    ledger.declare("letters", "run-3/rl", SMALL, one, 1e-5)  # another data set has its own
-    ledger.declare("reviews", "run-2/rl", SMALL, one, 1e-5)  # a resumed run is not declared twice
+        ledger.declare([Declaration("reviews", "run-3/rl", SMALL, 8.0, 1e-5, adaptive=True)])
+    ledger.declare([Declaration("letters", "run-3/rl", SMALL, one, 1e-5)])  # another data set has its own
+    ledger.declare([Declaration("reviews", "run-2/rl", SMALL, one, 1e-5)])  # a resumed run is not declared twice
     assert BudgetExhausted.exit_code == 3
     assert [e.kind for e in place.entries()] == ["open", "budget", "schedule", "open", "schedule", "schedule"]
+
+
+def test_of_the_stages_of_a_run_all_are_declared_or_none(place: Place) -> None:
+    """False: a run whose last stage is refused has spent the budget of the ones before it, and never runs them."""
+    one = accounting.epsilon(SMALL, 1e-5).pld
+    ledger = place.open()
+    ledger.set_budget("reviews", one * 1.05, 1e-5)
+    first, second = (Declaration("reviews", name, SMALL, one, 1e-5) for name in ("first", "second"))
+    loud = replace(first, stage="loud", dataset="letters", step=replace(SMALL, noise_multiplier=0.1))
+    changed = replace(first, step=replace(SMALL, steps=2))
+    for refused, error in (
+        ([first, second], BudgetExhausted),  # each fits by itself
+        ([first, loud], ConfigError),
+        ([first, changed], ConfigError),
+    ):
+        with pytest.raises(error):
+            ledger.declare(refused)
+        assert ledger.schedules() == {} == place.read().schedules
+    ledger.declare([first, replace(second, dataset="letters"), first])
+    ledger.declare([first])
+    ledger.verify()
+    assert [e.stage for e in place.entries() if e.kind == "schedule"] == ["first", "second"]
+    assert place.read().schedules == ledger.schedules()
 
 
 def test_a_budget_goes_down_freely_up_on_purpose_and_never_below_what_is_declared(place: Place) -> None:
     cost = accounting.epsilon(SMALL, 1e-5).pld
     ledger = place.open()
     ledger.set_budget("reviews", 8.0, 1e-5)
-    ledger.declare("reviews", "rl", SMALL, 4.0, 1e-5)
+    ledger.declare([Declaration("reviews", "rl", SMALL, 4.0, 1e-5)])
     ledger.set_budget("reviews", 5.0, 1e-5)
     for epsilon, delta in ((6.0, 1e-5), (5.0, 1e-4), (4.0, 1e-4)):
         with pytest.raises(ConfigError, match="on purpose"):
@@ -182,8 +206,8 @@ def test_what_guarantees_nothing_is_refused_on_a_budgeted_data_set(place: Place)
     ledger = place.open()
     ledger.set_budget("reviews", 8.0, 1e-5)
     with pytest.raises(ConfigError, match="clip only"):
-        ledger.declare("reviews", "control", clip_only, None, 1e-5)
-    ledger.declare("letters", "control", clip_only, None, 1e-5)
+        ledger.declare([Declaration("reviews", "control", clip_only, None, 1e-5)])
+    ledger.declare([Declaration("letters", "control", clip_only, None, 1e-5)])
     with pytest.raises(ConfigError, match="clip only"):
         ledger.set_budget("letters", 8.0, 1e-5)
 
@@ -234,7 +258,7 @@ def test_the_meter_is_never_too_low_and_computes_few_figures(monkeypatch: pytest
 def test_an_adaptive_permit_carries_the_step_that_was_charged(tmp_path: Path) -> None:
     """A permit for the plan's noise under a charge for more noise would release more than was paid for."""
     accountant = AccountantActor(str(tmp_path / "ledger.db"))
-    accountant.declare("reviews", "rl", PLAN, 8.0, 1e-5, adaptive=True)
+    accountant.declare([Declaration("reviews", "rl", PLAN, 8.0, 1e-5, adaptive=True)])
     with pytest.raises(ConfigError, match="may change"):  # the learner clips to the declared norm
         accountant.reserve("rl", "learner-1", replace(PLAN, noise_multiplier=6.0, clip_norm=0.25))
     noisier = replace(PLAN, noise_multiplier=6.0)
@@ -251,5 +275,5 @@ def test_a_budget_at_a_delta_that_allows_anything_is_refused(tmp_path: Path) -> 
     ledger = Ledger.open(tmp_path / "ledger.db")
     ledger.set_budget("reviews", 1.0, 0.5)
     with pytest.raises(ConfigError, match="1/N"):
-        ledger.declare("reviews", "rl", PLAN, 8.0, 1e-5)
+        ledger.declare([Declaration("reviews", "rl", PLAN, 8.0, 1e-5)])
     ledger.close()

@@ -9,6 +9,7 @@ import pytest
 
 from dprlhf_ray.actors.accountant import AccountantActor
 from dprlhf_ray.errors import BudgetExhausted
+from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.mechanism import DPStep
 from dprlhf_ray.privacy.permit import PermitOffice, PermitRefused
 
@@ -82,7 +83,7 @@ def test_a_replaced_learner_is_refused_and_its_permits_are_void() -> None:
 def test_the_accountant_charges_before_it_permits_and_forgets_permits_not_charges(tmp_path: Path) -> None:
     url = str(tmp_path / "ledger.db")
     accountant = AccountantActor(url)
-    accountant.declare("reviews", "rl", STEP, 8.0, 1e-5)
+    accountant.declare([Declaration("reviews", "rl", STEP, 8.0, 1e-5)])
     reservation = accountant.reserve("rl", "learner-1")
     assert reservation.attempt == 1
     assert accountant.status()["stages"]["rl"]["attempts"] == 1
@@ -96,7 +97,7 @@ def test_the_accountant_charges_before_it_permits_and_forgets_permits_not_charge
     assert restarted.status()["stages"]["rl"]["attempts"] == 1
     with pytest.raises(PermitRefused):
         restarted.redeem(reservation.token, "learner-1", "m1")
-    restarted.declare("reviews", "rl", STEP, 8.0, 1e-5)
+    restarted.declare([Declaration("reviews", "rl", STEP, 8.0, 1e-5)])
     last = restarted.reserve("rl", "learner-2")
     cumulative = restarted.composition("reviews", 1e-5, {}).bound
     assert reservation.epsilon_spent is not None and last.epsilon_spent is not None and cumulative is not None
@@ -107,6 +108,8 @@ def test_the_accountant_charges_before_it_permits_and_forgets_permits_not_charge
 
 def test_a_clip_only_stage_is_counted_but_has_no_epsilon(tmp_path: Path) -> None:
     accountant = AccountantActor(str(tmp_path / "ledger.db"))
-    accountant.declare("reviews", "control", DPStep("record", "zero_out", 100, 0.5, 0.0, 1.0, 1, 3, None), None, 1e-5)
+    accountant.declare(
+        [Declaration("reviews", "control", DPStep("record", "zero_out", 100, 0.5, 0.0, 1.0, 1, 3, None), None, 1e-5)]
+    )
     assert accountant.reserve("control", "learner-1").epsilon_spent is None
     assert accountant.composition("reviews", 1e-5, {}).bound is None

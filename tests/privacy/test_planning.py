@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dprlhf_ray import config_file
 from dprlhf_ray.config import RLStage
+from dprlhf_ray.data.units import load_stage_data
+from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.privacy import accounting
-from dprlhf_ray.privacy.planning import CLIP_ONLY_METRIC_NOISE, plan_stage, share
+from dprlhf_ray.privacy.planning import METRIC_NOISE_WITHOUT_EPSILON, plan_stage, share
 
 
 def stage(**privacy: Any) -> RLStage:
@@ -47,7 +52,7 @@ def test_a_larger_share_costs_the_gradient_not_epsilon() -> None:
 
 def test_clip_only_has_metrics_with_the_documented_noise_or_none() -> None:
     control = {"mode": "clip_only", "epsilon": None}
-    assert plan_stage(stage(**control), 8990).step.metric_noise_multiplier == CLIP_ONLY_METRIC_NOISE
+    assert plan_stage(stage(**control), 8990).step.metric_noise_multiplier == METRIC_NOISE_WITHOUT_EPSILON
     nothing = plan_stage(stage(**control, metrics_share=0.0), 8990)
     assert nothing.step.metric_noise_multiplier is None and nothing.certified is None
 
@@ -67,3 +72,25 @@ def test_a_cap_is_part_of_the_step_and_costs_noise() -> None:
     assert capped.step.max_batch == 450 and capped.epsilon is not None and capped.epsilon.pld <= 0.05
     assert capped.step.noise_multiplier > free.step.noise_multiplier
     assert capped.epsilon == accounting.epsilon(capped.step, 1e-5)
+
+
+def test_users_are_counted_as_users(tmp_path: Path, tiny_model: Path) -> None:
+    """False: a user counts as as many as their records, and is drawn more often than the charged q says."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    path = tmp_path / "notes.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"note {i}", "user": f"u{i % 10}"}) + "\n" for i in range(40)))
+    data = {"notes": {"source": str(path), "unit_column": "user"}}
+    privacy = {"unit": "user", "epsilon": 8.0, "delta": 1e-3, "expected_batch": 5, "steps": 2}
+    for own, sampled, noun in (({}, 10, "users"), ({"records_per_user": 4}, 40, "records")):
+        for batch in (5, sampled + 1):
+            tree = {"data": data, "stages": [{"data": "notes", "privacy": privacy | own | {"expected_batch": batch}}]}
+            config = config_file.parse(tree)
+            size = len(load_stage_data(config, config.stages[0], tokenizer, bytes(32)).units)
+            if batch > sampled:
+                with pytest.raises(ConfigError, match=f"exceeds {sampled} {noun}"):
+                    plan_stage(config.stages[0], size)
+            else:
+                step = plan_stage(config.stages[0], size).step
+                assert (step.population, step.sampling_rate, step.unit) == (sampled, 5 / sampled, "user")

@@ -21,14 +21,14 @@ from dprlhf_ray.privacy.private import Private, PrivateNumber
 from dprlhf_ray.privacy.release import Operational, Released
 from dprlhf_ray.records import Completion, Experience, Prompt
 from dprlhf_ray.stages import batching
-from dprlhf_ray.stages.rl import Draw
+from dprlhf_ray.stages.objective import Draw
 
 SECRET = "xyzzy"
 PROMPT = Prompt(424242, (1001, 1002), SECRET)
 COMPLETION = Completion((1003, 1004), SECRET, True, 0)
 EXPERIENCE = Experience(PROMPT, (COMPLETION,), (0.515625,))
-BATCH = batching.collate([EXPERIENCE], 1, 0)
-PRIVATE = [PROMPT, COMPLETION, EXPERIENCE, EXPERIENCE.rewards[0], BATCH, Draw([BATCH], 0.0), ClippedSum([2], 1.0)]
+BATCH = batching.collate([(EXPERIENCE,)], 1, 0)
+PRIVATE = [PROMPT, COMPLETION, EXPERIENCE, EXPERIENCE.rewards[0], BATCH, Draw([BATCH], 1), ClippedSum([2], 1.0)]
 SHOWN: list[Callable[[Any], Any]] = [
     str,
     float,

@@ -1,0 +1,83 @@
+"""What a stage learns from, and how it is evaluated: rollouts of an RL stage, or records that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+from dprlhf_ray.actors.cluster import ray  # first: sets Ray's environment before ray is imported
+from dprlhf_ray.actors.fleet import Fleet
+from dprlhf_ray.actors.learner_group import LearnerGroup
+from dprlhf_ray.config import RLStage, ScorerConfig
+from dprlhf_ray.evaluation.public import Evaluation
+from dprlhf_ray.records import Completion, Experience, Prompt, Unit
+
+
+class Source(Protocol):
+    """measure: what `evaluate` measures, higher is better. prompts: texts of the public prompts that it uses."""
+
+    measure: str
+    prompts: Sequence[str]
+
+    def collect(self, units: Sequence[Unit]) -> list[Unit]:
+        """A draw, ready for the learners. PRIVATE."""
+        ...
+
+    def evaluate(self) -> Evaluation | None:
+        """Of the present policy on public records; None: the stage has none."""
+        ...
+
+
+class Rollouts:
+    """Completions by the fleet, rewards by the scorer."""
+
+    measure = "reward"
+
+    def __init__(self, stage: RLStage, fleet: Fleet, scorer: Any, public: Sequence[Prompt]) -> None:
+        self._stage, self._fleet, self._scorer, self._public = stage, fleet, scorer, public
+        self.prompts: Sequence[str] = [p.text for p in public]
+
+    def collect(self, units: Sequence[Unit]) -> list[Unit]:
+        prompts = [e.prompt for unit in units for e in unit]
+        done = iter(self._roll_out(prompts, self._stage.algorithm.completions_per_prompt))
+        return [tuple(islice(done, len(unit))) for unit in units]
+
+    def evaluate(self) -> Evaluation:
+        done = self._roll_out(self._public, 1)
+        return Evaluation(  # a prompt that the engine cannot take has neither
+            tuple(0.0 if r is None else r.reveal() for e in done for r in (*e.rewards, None)[:1]),
+            tuple(text for e in done for text in (*(c.text for c in e.completions), "")[:1]),
+        )
+
+    def _roll_out(self, prompts: Sequence[Prompt], group: int) -> list[Experience]:
+        """One experience per prompt. A record that causes a failure of its own comes back as a null record."""
+        usable = [p.token_ids for p in prompts if p.token_ids]
+        drawn = iter(self._fleet.generate(usable, group) if usable else [])
+        rows: list[tuple[Completion, ...]] = [tuple(next(drawn)) if p.token_ids else () for p in prompts]
+        texts = [
+            (p.text, c.text, penalty(self._stage.scorer, c)) for p, row in zip(prompts, rows, strict=True) for c in row
+        ]
+        rewards = iter(ray.get(self._scorer.score.remote(texts)) if texts else [])
+        return [Experience(p, row, tuple(islice(rewards, len(row)))) for p, row in zip(prompts, rows, strict=True)]
+
+
+def penalty(scorer: ScorerConfig, completion: Completion) -> float:
+    """Taken off a completion's reward before the clip: for its length, and for not having ended by itself."""
+    return scorer.length_penalty * len(completion.token_ids) + scorer.missing_eos_penalty * (not completion.finished)
+
+
+class Records:
+    """Demonstrations or pairs: nothing has to be generated, and learners evaluate public ones."""
+
+    def __init__(self, measure: str, learners: LearnerGroup, public: Sequence[Experience]) -> None:
+        self.measure, self._learners, self._public = measure, learners, list(public)
+        self.prompts: Sequence[str] = ()
+
+    def collect(self, units: Sequence[Unit]) -> list[Unit]:
+        return list(units)
+
+    def evaluate(self) -> Evaluation | None:
+        if not self._public:
+            return None
+        return Evaluation(tuple(self._learners.call("evaluate", [(self._public,)] * self._learners.world)), ())

@@ -1,0 +1,191 @@
+"""One stage: reserve, draw, collect, learn, publish, until its attempts are spent.
+
+The driver holds the private records in memory and passes them to the roles; it writes released values only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dprlhf_ray.actors.cluster import ray  # first: sets Ray's environment before ray is imported
+from dprlhf_ray.actors.fleet import Fleet
+from dprlhf_ray.actors.learner_group import LearnerGroup, LearnersRestarted
+from dprlhf_ray.actors.roles import ask
+from dprlhf_ray.collect import Source
+from dprlhf_ray.config import AnyStage, RunConfig
+from dprlhf_ray.data.units import StageData
+from dprlhf_ray.errors import LedgerDamaged
+from dprlhf_ray.evaluation.public import Comparison, Evaluation, compare
+from dprlhf_ray.models.card import write_cards
+from dprlhf_ray.observability.gauges import Gauges
+from dprlhf_ray.observability.metrics import MetricsLog, last_value, read_metrics
+from dprlhf_ray.observability.progress import Laps, RunProgress
+from dprlhf_ray.privacy.planning import StagePlan
+from dprlhf_ray.privacy.release import Operational, Released
+from dprlhf_ray.privacy.sampling import choose, poisson_draw
+from dprlhf_ray.records import Unit
+from dprlhf_ray.run_dir import RunDir, read_json, write_atomically
+from dprlhf_ray.stages.batching import deal
+
+
+@dataclass
+class Roles:
+    """Handles of one stage's roles. fleet, scorer: of an rl stage."""
+
+    accountant: Any
+    learners: LearnerGroup
+    fleet: Fleet | None = None
+    scorer: Any = None
+
+
+def run_stage(
+    config: RunConfig, index: int, plan: StagePlan, here: RunDir, roles: Roles, data: StageData, source: Source,
+    show: RunProgress, on_step: Callable[[int, Roles], None] | None,
+) -> Comparison | None:  # fmt: skip
+    """Every attempt is paid for before anything private is touched, and published or lost as a whole.
+
+    Returns:
+        What the stage gained on public records (None: it has none).
+    """
+    stage, workers = config.stages[index], config.learner.num_workers
+    log, gauges = MetricsLog(here.root, config.tracking, config.name), Gauges(config.name)
+    _bring_up(roles, show)
+    before = _before(here, stage, roles, source, show)
+    attempt = ask(roles.accountant, "spent", plan.ledger_stage)
+    rows = read_metrics(here.root)
+    check_spent(stage.name, attempt, rows)
+    show.begin(stage.name, attempt, stage.privacy.steps, plan.public)
+    baseline = last_value(rows, stage.name, "private/reward")
+    while attempt < stage.privacy.steps:
+        clock = Laps()
+        try:
+            reserved = ray.get(roles.accountant.reserve.remote(plan.ledger_stage, roles.learners.incarnation))
+            attempt = reserved.attempt
+            drawn = draw(data, plan)
+            clock.lap("reserve")
+            units = source.collect(drawn)
+            clock.lap("collect")
+            baseline = _baseline(stage, baseline, before)
+            shares = [([ray.put(share)], attempt, baseline, reserved.token) for share in deal(units, workers)]
+            released = _publish(roles, "update", shares, clock)
+            if attempt % config.learner.checkpoint_every == 0 or attempt == stage.privacy.steps:
+                roles.learners.call("save", [(attempt, ask(roles.accountant, "head"))] * workers)
+            clock.lap("checkpoint")
+        except LearnersRestarted as e:
+            show.say(f"{e}; going on from the newest checkpoint")
+            _bring_up(roles, show)
+            continue
+        except ray.exceptions.ActorUnavailableError:  # the accountant's: other roles' deaths are met where they happen
+            attempt = ask(roles.accountant, "spent", plan.ledger_stage)
+            show.say(f"the accountant died and is back; {attempt} attempts are spent")
+            continue
+        baseline = next((r.value for r in released if r.name == "private/reward"), baseline)
+        if reserved.epsilon_spent is not None:
+            released.append(Released("epsilon_spent", reserved.epsilon_spent, "accounting"))
+        if config.evaluation.every and attempt % config.evaluation.every == 0:
+            now = source.evaluate()
+            released += [] if now is None else [Released(f"public/{source.measure}", now.mean, "public_prompts")]
+        log.write(stage.name, attempt, released)
+        fleet = roles.fleet.status() if roles.fleet else {}
+        figures = [Operational(name, value) for name, value in fleet.items() if value is not None]
+        gauges.step(stage.name, attempt, released)
+        gauges.fleet(figures)
+        show.step(stage.name, attempt, stage.privacy.steps, plan.target, released, figures, clock.figures())
+        if on_step is not None:
+            on_step(attempt, roles)
+    show.end()
+    log.close()
+    after = source.evaluate()
+    persist(roles, show, lambda: roles.learners.call("export", [(str(here.model(stage.name)),)] * workers))
+    write_cards(here.model(stage.name), config, stage, None)  # says that it is not certified yet
+    found = _conclude(here, stage, source, before, after, config.evaluation.samples, show)
+    here.finish(stage.name, attempt, ask(roles.accountant, "head"))
+    return found
+
+
+def draw(data: StageData, plan: StagePlan) -> list[Unit]:
+    """A secret Poisson draw of units; of a drawn user, some records at random. PRIVATE."""
+    items, at_most = data.records.items, data.records_per_draw
+    drawn = poisson_draw(len(data.units), plan.step.sampling_rate, plan.step.max_batch)
+    return [tuple(items[slot] for slot in choose(data.units[u], at_most)) for u in drawn]
+
+
+def check_spent(stage: str, spent: int, rows: list[dict[str, Any]]) -> None:
+    """Raise LedgerDamaged where more attempts of a stage were released than its ledger knows of."""
+    if spent < (released := max((r["attempt"] for r in rows if r["stage"] == stage), default=0)):
+        raise LedgerDamaged(f"ledger: {spent} attempts of stage {stage!r}, but {released} were released")
+
+
+def persist(roles: Roles, show: RunProgress, call: Callable[[], Any]) -> Any:
+    """Make a call that touches nothing private; learners that die under it come back, and it is made again."""
+    while True:
+        roles.learners.wait_ready()
+        try:
+            return call()
+        except LearnersRestarted as e:
+            show.say(f"{e}; trying again")
+
+
+def _bring_up(roles: Roles, show: RunProgress) -> None:
+    """Wait for the learners, and bring every replica to the version that they start from."""
+    persist(roles, show, lambda: _publish(roles, "publish"))
+    show.say(
+        f"learners ready: {roles.learners.info['trainable']} trainable numbers, "
+        f"version {roles.learners.info['version']}"
+    )
+
+
+def _publish(
+    roles: Roles, method: str, arguments: list[tuple[Any, ...]] | None = None, clock: Laps | None = None
+) -> list[Released]:
+    """Run a learner command that yields a weight version; bring every replica to it and check them."""
+    clock = clock or Laps()
+    released, version, weights, reference = roles.learners.call(method, arguments)
+    clock.lap("learn")
+    if roles.fleet is not None:
+        roles.fleet.sync(version, ray.get(weights), reference)
+        clock.lap("sync")
+    return list(released)
+
+
+def _baseline(stage: AnyStage, released: float | None, before: Evaluation | None) -> float:
+    """A public constant, or the newest released mean reward; before there is one, that of the public prompts."""
+    if stage.kind != "rl" or before is None:
+        return 0.0
+    if stage.algorithm.baseline == "constant":
+        return stage.algorithm.baseline_value
+    return released if released is not None else before.mean
+
+
+def _before(here: RunDir, stage: AnyStage, roles: Roles, source: Source, show: RunProgress) -> Evaluation | None:
+    """Of the untrained model on public records; kept, so that a resumed run compares with the same."""
+    path = here.evaluation(stage.name)
+    if path.exists():
+        kept = read_json(path)["before"]
+        return Evaluation(tuple(kept["rewards"]), tuple(kept["texts"]))
+    before: Evaluation | None = persist(roles, show, source.evaluate)
+    if before is not None:
+        write_atomically(path, json.dumps({"measure": source.measure, "before": asdict(before)}))
+        show.say(f"mean {source.measure} on {len(before.rewards)} public records before: {before.mean:.3f}")
+    return before
+
+
+def _conclude(
+    here: RunDir, stage: AnyStage, source: Source, before: Evaluation | None, after: Evaluation | None, samples: int,
+    show: RunProgress,
+) -> Comparison | None:  # fmt: skip
+    if before is None or after is None:
+        return None
+    found = compare(before.rewards, after.rewards)
+    tree = {"measure": source.measure, "comparison": found.as_dict(), "prompts": list(source.prompts)}
+    write_atomically(here.evaluation(stage.name), json.dumps(tree | {"before": asdict(before), "after": asdict(after)}))
+    show.say(
+        f"mean {source.measure} on {found.prompts} public records: {found.before:.3f} -> {found.after:.3f}, "
+        f"difference {found.difference:+.3f} (95 % interval {found.low:+.3f} to {found.high:+.3f})"
+    )
+    for prompt, was, is_now in list(zip(source.prompts, before.texts, after.texts, strict=False))[:samples]:
+        show.say(f"  {prompt!r}\n      before: {was!r}\n      after:  {is_now!r}")
+    return found

@@ -1,0 +1,89 @@
+"""Rewards by an endpoint: one record per request. The text leaves the cluster, beyond the guarantee."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+
+from dprlhf_ray.errors import ConfigError, DprlhfError
+
+TIMEOUT = 60.0  # seconds of silence
+PAUSES = (0.5, 2.0, 8.0)  # seconds before each repetition
+_AT_ONCE = 8
+_OF_THE_RECORD = {400, 413, 414, 422}
+
+
+class ScorerGone(DprlhfError):
+    """The endpoint gives no answer, whatever the record: the step is abandoned."""
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """The text goes to the declared URL and nowhere else; so no proxy of the environment is used either."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class HttpScorer:
+    """POST {"prompt", "completion"} as JSON; the answer is {"reward": number}.
+
+    A record is refused (None) by one of the statuses 400, 413, 414 and 422, by an answer of another form, or by a
+    status 500 that stays. Silence, no connection and every other status are repeated, then raise ScorerGone.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url, self._opener = url, build_opener(ProxyHandler({}), _NoRedirect)
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(self._score, pairs))
+
+    def _score(self, pair: tuple[str, str]) -> float | None:
+        body = json.dumps({"prompt": pair[0], "completion": pair[1]}).encode()
+        reason = "no answer"
+        for pause in (0.0, *PAUSES):
+            time.sleep(pause)
+            try:
+                request = Request(self._url, body, {"Content-Type": "application/json"})
+                with self._opener.open(request, timeout=TIMEOUT) as answer:
+                    return _reward(answer.read())
+            except HTTPError as e:
+                e.close()
+                if e.code in _OF_THE_RECORD:
+                    return None
+                reason = f"status {e.code}"
+            except (OSError, HTTPException) as e:
+                reason = type(e).__name__  # never its text
+        if reason == "status 500":  # what servers answer when a record makes their code raise
+            return None
+        raise ScorerGone(f"scorer.url: {urlsplit(self._url).hostname} gives no reward ({reason})") from None
+
+
+def _reward(answer: bytes) -> float | None:
+    try:
+        return float(json.loads(answer)["reward"])
+    except Exception:  # whatever the endpoint makes of this record
+        return None
+
+
+def check_url(url: str) -> None:
+    """Refuse what is no http(s) URL.
+
+    Raises:
+        ConfigError: without the URL, which may hold a password.
+    """
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.username is None
+        good = good and (parts.port is None or parts.port > 0)
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigError("scorer.url: no URL of an endpoint: write http://host:port/path or https://host/path")
