@@ -67,8 +67,9 @@ def run(
         accountant = _accountant(config, here, namespace)
         data, plans = _declare(config, here, accountant, tokenizer, show)
         for index, stage in enumerate(config.stages):
-            if here.finished(stage.name) is not None:
-                check_spent(stage.name, ask(accountant, "spent", plans[index].ledger_stage), read_metrics(here.root))
+            if (finished := here.finished(stage.name)) is not None:
+                spent = ask(accountant, "spent", plans[index].ledger_stage)
+                check_spent(stage.name, spent, read_metrics(here.root), finished)
                 show.say(f"stage {stage.name} is done")
                 continue
             with _roles(config, index, plans[index], here, namespace, accountant, tokenizer) as roles:

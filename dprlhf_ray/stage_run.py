@@ -86,7 +86,7 @@ def run_stage(
         if reserved.epsilon_spent is not None:
             released.append(Released("epsilon_spent", reserved.epsilon_spent, "accounting"))
         if config.evaluation.every and attempt % config.evaluation.every == 0:
-            now = source.evaluate()
+            now = _look(roles, source, show)
             released += [] if now is None else [Released(f"public/{source.measure}", now.mean, "public_prompts")]
         log.write(stage.name, attempt, released)
         fleet = roles.fleet.status() if roles.fleet else {}
@@ -98,7 +98,7 @@ def run_stage(
             on_step(attempt, roles)
     show.end()
     log.close()
-    after = source.evaluate()
+    after = _look(roles, source, show)
     persist(roles, show, lambda: roles.learners.call("export", [(str(here.model(stage.name)),)] * workers))
     write_cards(here.model(stage.name), config, stage, None)  # says that it is not certified yet
     found = _conclude(here, stage, source, before, after, config.evaluation.samples, show)
@@ -113,9 +113,11 @@ def draw(data: StageData, plan: StagePlan) -> list[Unit]:
     return [tuple(items[slot] for slot in choose(data.units[u], at_most)) for u in drawn]
 
 
-def check_spent(stage: str, spent: int, rows: list[dict[str, Any]]) -> None:
-    """Raise LedgerDamaged where more attempts of a stage were released than its ledger knows of."""
-    if spent < (released := max((r["attempt"] for r in rows if r["stage"] == stage), default=0)):
+def check_spent(stage: str, spent: int, rows: list[dict[str, Any]], finished: int = 0) -> None:
+    """Raise LedgerDamaged where more attempts of a stage were released, or went into its finished model, than its
+    ledger knows of."""
+    released = max([finished, *(r["attempt"] for r in rows if r["stage"] == stage)])
+    if spent < released:
         raise LedgerDamaged(f"ledger: {spent} attempts of stage {stage!r}, but {released} were released")
 
 
@@ -127,6 +129,16 @@ def persist(roles: Roles, show: RunProgress, call: Callable[[], Any]) -> Any:
             return call()
         except LearnersRestarted as e:
             show.say(f"{e}; trying again")
+
+
+def _look(roles: Roles, source: Source, show: RunProgress) -> Evaluation | None:
+    """Evaluate the present weights; learners that die under it come back first."""
+    try:
+        return source.evaluate()
+    except LearnersRestarted as e:
+        show.say(f"{e}; going on from the newest checkpoint")
+        _bring_up(roles, show)
+        return source.evaluate()
 
 
 def _bring_up(roles: Roles, show: RunProgress) -> None:

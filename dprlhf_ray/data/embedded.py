@@ -5,8 +5,8 @@ Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014). The 
 *treats* the private part as if it were private. The raters are not named, so the privacy unit can only be one record.
 
 The file holds the favourable reviews first (rows 0 to about 5,150), then the others, and neighbouring snippets can come
-from one review. So the public part is one contiguous block at the end of each half, and a gap of rows that nobody uses
-keeps the two parts from sharing a review.
+from one review. So the public part is a contiguous block at the end of each half, cut in two: one to evaluate on, one
+to train on. Gaps of rows that nobody uses keep the three parts from sharing a review.
 
 Pairs are made of the same rows: row i of a part's favourable block with row i of its other block, a pairing that
 depends on row numbers only. Chosen is the one that people rated higher. A pair's text, which stages of other kinds
@@ -32,17 +32,22 @@ MOVIE_REVIEWS = "embedded:movie-reviews"
 PUBLIC_OPENINGS = "embedded:public-openings"
 REVIEW_PAIRS = "embedded:review-pairs"
 PUBLIC_PAIRS = "embedded:public-pairs"
+PUBLIC_TRAINING = "embedded:public-training"
 
 _GAP = 5
-_PUBLIC_BLOCKS = (range(4350, 5150), range(9805, 10605))
-_PRIVATE_BLOCKS = (range(0, 4350 - _GAP), range(5150 + _GAP, 9805 - _GAP))
-ROWS = 10_605
-POPULATION = {
-    MOVIE_REVIEWS: sum(map(len, _PRIVATE_BLOCKS)),
-    REVIEW_PAIRS: min(map(len, _PRIVATE_BLOCKS)),
-    PUBLIC_OPENINGS: sum(map(len, _PUBLIC_BLOCKS)),
-    PUBLIC_PAIRS: min(map(len, _PUBLIC_BLOCKS)),
+_PRIVATE = (range(0, 4350 - _GAP), range(5150 + _GAP, 9805 - _GAP))
+_EVALUATION = (range(4350, 4750), range(9805, 10205))
+_TRAINING = (range(4750 + _GAP, 5150), range(10205 + _GAP, 10605))
+_BLOCKS = {
+    MOVIE_REVIEWS: _PRIVATE,
+    REVIEW_PAIRS: _PRIVATE,
+    PUBLIC_OPENINGS: _EVALUATION,
+    PUBLIC_PAIRS: _EVALUATION,
+    PUBLIC_TRAINING: _TRAINING,
 }
+_PAIRS = (REVIEW_PAIRS, PUBLIC_PAIRS)
+ROWS = 10_605
+POPULATION = {s: (min if s in _PAIRS else sum)(map(len, blocks)) for s, blocks in _BLOCKS.items()}
 
 _PACKAGE = "vaderSentiment==3.3.2"
 _SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -67,9 +72,8 @@ def read_embedded(source: str) -> list[dict[str, Any]]:
     "rejected"} with null responses where the two are rated alike."""
     with prepare_reviews().open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    private = source in (MOVIE_REVIEWS, REVIEW_PAIRS)
-    first, second = ([rows[row] for row in block] for block in (_PRIVATE_BLOCKS if private else _PUBLIC_BLOCKS))
-    if source in (REVIEW_PAIRS, PUBLIC_PAIRS):
+    first, second = ([rows[row] for row in block] for block in _BLOCKS[source])
+    if source in _PAIRS:
         return [_pair(a, b, i % 2 == 0) for i, (a, b) in enumerate(zip(first, second, strict=False))]
     return first + second
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os.path
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,7 +108,7 @@ class Format:
         if isinstance(value, str) and not data.chat_template:
             text, special = value, True
         else:
-            messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+            messages = _turns(value) if isinstance(value, str) else value
             empty = not any([_content(m).strip() for m in messages])
             text = "" if empty else tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             special = False  # a template writes its own
@@ -159,6 +160,16 @@ def _split(chosen: str, rejected: str) -> tuple[str, str, str]:
     cut = os.path.commonprefix([chosen, rejected]).rfind(_ASSISTANT)
     start = 0 if cut < 0 else cut + len(_ASSISTANT)
     return chosen[:start], chosen[start:], rejected[start:]
+
+
+def _turns(text: str) -> list[dict[str, str]]:
+    """A text as messages: a transcript's turns, or what one user says."""
+    _, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    if not text.endswith(_ASSISTANT) or parts[0] != "Human":
+        return [{"role": "user", "content": text}]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(parts[:-2:2], parts[1:-2:2], strict=True)  # the last one is for the policy to speak
+    return [{"role": roles[who], "content": said.strip()} for who, said in turns]
 
 
 def _content(message: Any) -> str:

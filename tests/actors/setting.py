@@ -52,13 +52,19 @@ def setting(
     model: Path, world: int, zero: int, *, kind: str = "lora", rank: int = 4, algorithm: str = "rloo",
     optimizer: str = "sgd", corrected: bool = False, **changed: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Config and step (fields changed) of a learner. SGD has rate 1: a weight difference is the released sum / L."""
+    """Config and step (fields changed) of a learner. SGD has rate 1: a weight difference is the released sum / L.
+
+    algorithm: or another kind of stage, sft or reward_model.
+    """
     adapter = {"kind": kind, "rank": rank, "alpha": 4.0, "target_modules": ["q_proj", "v_proj", "o_proj"]}
-    stage = {
+    stage: dict[str, Any] = {
         "privacy": {"mode": "clip_only", "clip_norm": CLIP, "expected_batch": BATCH, "steps": 9},
-        "algorithm": {"kind": algorithm, "completions_per_prompt": 2, "kl_coef": 0.1},
         "optimizer": {"kind": optimizer, "lr": 1.0 if optimizer == "sgd" else 0.01, "noise_corrected": corrected},
     }
+    if algorithm in ("sft", "reward_model"):
+        stage["kind"] = algorithm
+    else:
+        stage["algorithm"] = {"kind": algorithm, "completions_per_prompt": 2, "kl_coef": 0.1}
     tree = {
         "model": {"name": str(model), "dtype": "float32", "adapter": adapter},
         "learner": {"num_workers": world, "zero_stage": zero, "micro_batch_tokens": 64},

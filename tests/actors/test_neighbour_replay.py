@@ -17,36 +17,42 @@ from tests.actors.replay import Found, replay
 from tests.actors.setting import setting, units
 
 ALGORITHMS = list(get_args(AlgorithmConfig.model_fields["kind"].annotation))
+SUPERVISED = ["sft", "reward_model"]
 COUNT, LONGEST = 5, 2
 CLIPS = {"saturated": 0.02, "free": 1e4}
 TOLERANCE = 2e-4  # of the unit's own gradient: float32 weights and sums, another order of additions
-BROKEN: dict[str, Any] = {"scorer-failed": [None, 0.3], "not-a-number": [float("nan"), 0.3]}
+SCORED: dict[str, Any] = {"not-a-number": [float("nan"), 0.3]}
+BROKEN: dict[str, Any] = {"scorer-failed": [None, 0.3], **SCORED}
 BOTH = units(COUNT, 7, longest=40)  # 80 tokens: above micro_batch_tokens, a micro-batch of its own
 LATER = units(3, 8)
+USERS: list[Any] = [{"records": units(n, 9 + n, longest=40 if n == 3 else None)} for n in (2, 1, 3, 2, 2)]
 
 
-def _without(i: int) -> list[Any]:
-    return BOTH[:i] + BOTH[i + 1 :]
+def _without(rows: list[Any], i: int) -> list[Any]:
+    return rows[:i] + rows[i + 1 :]
 
 
-def _nulled(i: int) -> list[Any]:
+def _nulled(rows: list[Any], i: int) -> list[Any]:
     """A null record keeps its slot: the prompt, no completions."""
-    return [*BOTH[:i], (BOTH[i][0], [], []), *BOTH[i + 1 :]]
+    records = rows[i]["records"] if isinstance(rows[i], dict) else [rows[i]]
+    empty = [(prompt, [], []) for prompt, _, _ in records]
+    return [*rows[:i], {"records": empty} if isinstance(rows[i], dict) else empty[0], *rows[i + 1 :]]
 
 
-def _cases() -> list[dict[str, Any]]:
+def _cases(rows: list[Any], broken: dict[str, Any]) -> list[dict[str, Any]]:
     cases: list[dict[str, Any]] = []
     for label, clip in CLIPS.items():
-        draws = {"all": BOTH} | {f"own{i}": [BOTH[i]] for i in range(COUNT)}
-        draws |= {"left-out0": _without(0), f"nulled{LONGEST}": _nulled(LONGEST)}
-        draws |= {f"{k}1": [BOTH[0], (*BOTH[1][:2], rewards), *BOTH[2:]] for k, rewards in BROKEN.items()}
+        draws = {"all": rows} | {f"own{i}": [rows[i]] for i in range(COUNT)}
+        draws |= {"left-out0": _without(rows, 0), f"nulled{LONGEST}": _nulled(rows, LONGEST)}
+        draws |= {f"{k}1": [rows[0], (*rows[1][:2], rewards), *rows[2:]] for k, rewards in broken.items()}
         cases += [{"name": f"{label}/{k}", "clip_norm": clip, "draws": [d]} for k, d in draws.items()]
     # a second step whose draw lacks the unit, after a first one with and without it
-    cases += [{"name": f"then-later/{k}", "draws": [d, LATER]} for k, d in (("all", BOTH), ("less", _without(LONGEST)))]
+    less = _without(rows, LONGEST)
+    cases += [{"name": f"then-later/{k}", "draws": [d, LATER]} for k, d in (("all", rows), ("less", less))]
     return cases
 
 
-def _deviation(found: Found) -> float:
+def _deviation(found: Found, broken: dict[str, Any]) -> float:
     """Largest deviation from the unit's own clipped gradient, relative to it; everything exact is asserted."""
     worst = 0.0
     for label, clip in CLIPS.items():
@@ -57,7 +63,7 @@ def _deviation(found: Found) -> float:
             assert all(abs(g.norm() / clip - 1) < 1e-3 for g in own), "C saturates nobody: choose a smaller one"
         else:
             assert all(1e-3 < g.norm() < clip for g in own), "C bounds somebody: choose a larger one"
-        nulled = {"left-out0": 0, f"nulled{LONGEST}": LONGEST} | {f"{k}1": 1 for k in BROKEN}
+        nulled = {"left-out0": 0, f"nulled{LONGEST}": LONGEST} | {f"{k}1": 1 for k in broken}
         for name, i in nulled.items():
             others, others_metrics = found.sum(f"{label}/{name}"), found.metrics(f"{label}/{name}")
             assert torch.isfinite(others).all() and torch.isfinite(others_metrics).all(), f"{label} {name}"
@@ -73,10 +79,13 @@ def _deviation(found: Found) -> float:
     return worst
 
 
-def _check(out: Path, model: Path, world: int, stages: list[int], record: Any) -> None:
-    settings = {f"{a}-zero{z}": setting(model, world, z, rank=2, algorithm=a) for a in ALGORITHMS for z in stages}
-    found = replay(out, world, settings, _cases())
-    table = {f"{name}, {world} ranks": _deviation(f) for name, f in found.items()}
+def _check(
+    out: Path, model: Path, world: int, kinds: list[str], stages: list[int], record: Any, rows: list[Any] = BOTH,
+    broken: dict[str, Any] = BROKEN,
+) -> None:  # fmt: skip
+    settings = {f"{a}-zero{z}": setting(model, world, z, rank=2, algorithm=a) for a in kinds for z in stages}
+    found = replay(out, world, settings, _cases(rows, broken))
+    table = {f"{name}, {world} ranks": _deviation(f, broken) for name, f in found.items()}
     for row, value in table.items():
         record(row, f"{value:.2e}")
         print(f"{row}: {value:.2e}")
@@ -87,7 +96,17 @@ def test_nulling_a_unit_changes_the_published_weights_by_its_own_clipped_gradien
     tiny_model: Path, tmp_path: Path, record_property: Any
 ) -> None:
     """False: ranks, shards, micro-batches, an error or a running statistic couple records; clipping bounds nothing."""
-    _check(tmp_path, tiny_model, 2, [0, 3], record_property)
+    _check(tmp_path, tiny_model, 2, ALGORITHMS, [0, 3], record_property)
+
+
+def test_supervised_stages_and_users_move_the_weights_by_their_own_clipped_gradient(
+    tiny_model: Path, tmp_path: Path, record_property: Any
+) -> None:
+    """False: a pair's two responses, or a user's records, are clipped apart, or reach other units. Users of one to
+    three records, one of them longer than a micro-batch; rewards do not matter without a scorer, a missing one does."""
+    failed = {k: v for k, v in BROKEN.items() if k not in SCORED}
+    _check(tmp_path / "records", tiny_model, 2, SUPERVISED, [0], record_property, broken=failed)
+    _check(tmp_path / "users", tiny_model, 2, ["rloo", *SUPERVISED], [0], record_property, rows=USERS, broken={})
 
 
 @pytest.mark.slow
@@ -96,4 +115,4 @@ def test_nulling_a_unit_at_every_stage(
     world: int, stages: list[int], tiny_model: Path, tmp_path: Path, record_property: Any
 ) -> None:
     """As above, for the rest of the grid."""
-    _check(tmp_path, tiny_model, world, stages, record_property)
+    _check(tmp_path, tiny_model, world, ALGORITHMS, stages, record_property)

@@ -124,6 +124,16 @@ def test_the_other_stages_read_the_prompts_and_preferred_answers_of_whole_dialog
     assert [e.prompt.token_ids for e in prompts.items] == [e.prompt.token_ids for e in demonstrations.items]
 
 
+def test_a_transcript_s_turns_go_through_the_chat_template(tmp_path: Path, tokenizer: Any) -> None:
+    """False: a whole dialogue is wrapped as one thing that the user said."""
+    talk = "\n\nHuman: the story\n\nAssistant: good\n\nHuman: a film\n\nAssistant:"
+    rows = [{"chosen": talk + " yes", "rejected": talk + " no"}, {"chosen": "like it", "rejected": "like no"}]
+    expected = "user: the story\nassistant: good\nuser: a film\nassistant:"
+    for kind in ("rl", "sft", "reward_model"):
+        first = load(tmp_path, kind, tokenizer, *rows, chat_template=True).items[0]
+        assert tokenizer.decode(first.prompt.token_ids) == expected
+
+
 def test_a_pair_is_read_from_columns_transcripts_or_messages(tmp_path: Path, tokenizer: Any) -> None:
     human = "\n\nHuman: like?\n\nAssistant: a film\n\nHuman: story?\n\nAssistant:"
     ask, tell = {"role": "user", "content": "like"}, [{"role": "assistant", "content": c} for c in ("yes", "no")]

@@ -56,7 +56,7 @@ def test_one_data_set_of_pairs_serves_all_kinds_beside_public_ones(tiny_model: P
     stages[1] |= {"partition": "a", "heldout": "openings"}
     stages[2] |= {"partition": "b", "heldout": "held"}
     facts = check(tiny_model, data, *stages)
-    assert facts.populations == {"pairs": 4345, "openings": 1600, "held": 800} and facts.population == 1600
+    assert facts.populations == {"pairs": 4345, "openings": 800, "held": 400} and facts.population == 800
     stages[1]["data"], data["reviews"] = "reviews", {"source": "embedded:movie-reviews", "partitions": {"a": 0.5}}
     assert "are one source" in line(tiny_model, data, *stages)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dprlhf_ray.data.embedded import (
     POPULATION,
     PUBLIC_OPENINGS,
     PUBLIC_PAIRS,
+    PUBLIC_TRAINING,
     REVIEW_PAIRS,
     ROWS,
     prepare_reviews,
@@ -149,11 +151,12 @@ def test_embedded_reviews_are_complete_and_the_public_part_shares_no_text_with_t
         rows = [json.loads(line) for line in lines]
     assert len(rows) == ROWS and [r["id"] for r in rows] == list(range(1, ROWS + 1))
     assert all(r["text"] and -4 <= r["rating"] <= 4 for r in rows)
-    private, public = read_embedded(MOVIE_REVIEWS), read_embedded(PUBLIC_OPENINGS)
-    assert (len(private), len(public)) == (POPULATION[MOVIE_REVIEWS], POPULATION[PUBLIC_OPENINGS]) == (8990, 1600)
-    assert not {r["text"].lower() for r in private} & {r["text"].lower() for r in public}
-    ids, public_ids = {r["id"] for r in private}, {r["id"] for r in public}
-    assert len(ids) == len(private) and not ids & public_ids
+    parts = {source: read_embedded(source) for source in (MOVIE_REVIEWS, PUBLIC_OPENINGS, PUBLIC_TRAINING)}
+    assert [len(part) for part in parts.values()] == [POPULATION[s] for s in parts] == [8990, 800, 790]
+    for a, b in itertools.combinations(parts.values(), 2):
+        assert not {r["text"].lower() for r in a} & {r["text"].lower() for r in b}
+        assert not {r["id"] for r in a} & {r["id"] for r in b}
+    assert all(len({r["id"] for r in part}) == len(part) for part in parts.values())
 
 
 @pytest.mark.parametrize(("pairs", "own", "other"), [
