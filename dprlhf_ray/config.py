@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -60,6 +60,15 @@ class BudgetConfig(Section):
 Column = Literal["prompt", "completion", "chosen", "rejected", "text", "messages"]
 
 
+def _plain(split: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", split):
+        raise ValueError(f"{split!r} is not the plain name of a split: slices and sums could overlap unseen")
+    return split
+
+
+Split = Annotated[str, AfterValidator(_plain)]
+
+
 class DataConfig(Section):
     """One source. The privacy budget belongs to the declared data set that it is part of: `dataset`."""
 
@@ -77,7 +86,7 @@ class DataConfig(Section):
         "embedded:movie-reviews",
         description='"embedded:movie-reviews", a .jsonl(.gz)/.parquet/.csv path, or a hub name',
     )
-    split: str = Field("train", description="split of a hub data set")
+    split: Split = Field("train", description="split of a hub data set, by its plain name: no slices")
     columns: dict[Column, str] = Field(
         default_factory=dict, description="remap, e.g. {prompt: question}: our name -> column name in the source"
     )
@@ -492,7 +501,7 @@ class EvaluationConfig(Section):
     """Public prompts: reward before and after, and samples. Costs no budget."""
 
     source: str = Field("embedded:public-openings", description="as data.source; public, disjoint from private data")
-    split: str = Field("test", description="split of a hub data set")
+    split: Split = Field("test", description="split of a hub data set, by its plain name: no slices")
     columns: dict[Column, str] = Field(
         default_factory=dict, description="as data.columns (empty: those of the stage's data set)"
     )
@@ -563,6 +572,9 @@ class RunConfig(Section):
         if self.ledger and "://" in self.ledger and not self.ledger_key:
             raise ValueError("ledger_key is required with a database URL: the path of a file only you can read")
         budgets = self.budgets()
+        for name, data in self.data.items():
+            if not data.public and self.dataset_of(name) in (n for n, d in self.data.items() if d.public):
+                raise ValueError(f"data.{name}.dataset: {data.dataset!r} is declared public: give another name")
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ: {names}")
@@ -595,6 +607,17 @@ class RunConfig(Section):
         policies = [e.name for e in earlier if e.kind != "reward_model"]
         if s.start not in (None, "model", *policies):
             raise ValueError(f"stage {s.name!r}: start {s.start!r} is no earlier sft or rl stage: {policies or 'none'}")
+        adjacency = s.privacy.adjacency
+        if adjacency == "add_remove" and data.rejected == "public":
+            raise ValueError(
+                f"stage {s.name!r}: rejected: public goes by a row's number, which a row less would change for all "
+                "after it: use adjacency zero_out"
+            )
+        if adjacency == "replace_one" and s.partition is not None:
+            raise ValueError(
+                f"stage {s.name!r}: under replace_one a replaced unit may be of another partition, whose size would "
+                "tell: use adjacency zero_out, or leave partition out"
+            )
         longest = data.prompt_tokens or data.max_prompt_tokens
         new, what = data.max_completion_tokens, "completion tokens"
         if s.kind == "rl":

@@ -18,7 +18,7 @@ from dprlhf_ray.config import AnyStage, RunConfig
 from dprlhf_ray.data.preflight import check_population, preflight
 from dprlhf_ray.data.sources import load_public_prompts, public_records
 from dprlhf_ray.data.units import StageData, load_stage_data
-from dprlhf_ray.errors import LedgerDamaged, NoLedger
+from dprlhf_ray.errors import ConfigError, LedgerDamaged, NoLedger
 from dprlhf_ray.evaluation.public import Comparison
 from dprlhf_ray.models.card import write_cards
 from dprlhf_ray.models.embedded import resolve_model
@@ -202,6 +202,19 @@ def _plan_line(plan: StagePlan, data: StageData) -> str:
 
 
 def _tokenizer(config: RunConfig) -> Any:
-    from transformers import AutoTokenizer
+    """Of the policy.
 
-    return AutoTokenizer.from_pretrained(resolve_model(config.model.name))
+    Raises:
+        ConfigError: it has ids that the model lacks: a text with one of them would end the learners, and that tells.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = resolve_model(config.model.name)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    most, rows = max(tokenizer.get_vocab().values()), AutoConfig.from_pretrained(path).get_text_config().vocab_size
+    if most >= rows:
+        raise ConfigError(
+            f"model.name: the tokenizer of {config.model.name} has ids up to {most}, the model only {rows} embeddings: "
+            "resize them (resize_token_embeddings), and save the model again"
+        )
+    return tokenizer

@@ -70,6 +70,28 @@ def line_of(refused: Callable[[], Any]) -> str:
             "config: rollout.max_model_len is 64, but prompts of up to 256 tokens and 24 new tokens need 280",
         ),
         (
+            stage({"adjacency": "replace_one"}, partition="a", data="notes")
+            | {"data": {"notes": {"source": "n.jsonl", "unit_column": "id", "partitions": {"a": 0.5}}}},
+            "config: stage 'rl': under replace_one a replaced unit may be of another partition, whose size would tell: "
+            "use adjacency zero_out, or leave partition out",
+        ),
+        (
+            stage({"adjacency": "add_remove", "declared_size": 900}, data="notes")
+            | {"data": {"notes": {"source": "n.jsonl", "rejected": "public", "rejected_source": "p.jsonl"}}},
+            "config: stage 'rl': rejected: public goes by a row's number, which a row less would change for all after "
+            "it: use adjacency zero_out",
+        ),
+        (
+            stage(data="notes")
+            | {"data": {"notes": {"source": "n.jsonl", "dataset": "open"}, "open": {"public": True}}},
+            "config: data.notes.dataset: 'open' is declared public: give another name",
+        ),
+        (
+            tree(data={"reviews": {"source": "org/films", "split": "train[:50%]"}}),
+            "config: data.reviews.split: 'train[:50%]' is not the plain name of a split: slices and sums could overlap "
+            "unseen",
+        ),
+        (
             stage({"unit": "user"}),
             "config: stage 'rl': unit user needs data.reviews.unit_column, the column of users' ids",
         ),

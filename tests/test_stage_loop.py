@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 import ray
+from transformers import AutoConfig, AutoTokenizer
 
-from dprlhf_ray import collect, config_file, stage_run
+from dprlhf_ray import collect, config_file, pipeline, stage_run
 from dprlhf_ray.actors.accountant import AccountantActor
 from dprlhf_ray.actors.learner_group import LearnersRestarted
 from dprlhf_ray.config import RLStage, ScorerConfig
 from dprlhf_ray.data.sources import Records, load_public_prompts
 from dprlhf_ray.data.units import StageData
-from dprlhf_ray.errors import LedgerDamaged
+from dprlhf_ray.errors import ConfigError, LedgerDamaged
 from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.mechanism import DPStep
@@ -248,3 +249,16 @@ def test_a_drawn_user_brings_own_records_only_and_at_most_so_many() -> None:
         assert all(set(s) <= set(own) and len(set(s)) == len(s) for s, own in zip(slots, users, strict=True))
         seen.update(s for unit in slots for s in unit)
     assert seen == set(range(10))
+
+
+def test_a_tokenizer_with_ids_that_the_model_lacks_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """False: a record with such an id in its text ends the learners, and the missing attempt tells of it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    AutoConfig.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    config = config_file.parse({"model": {"name": str(tmp_path)}, "stages": [{"privacy": {"epsilon": 1.0}}]})
+    tokenizer.save_pretrained(tmp_path)
+    assert pipeline._tokenizer(config).get_vocab() == tokenizer.get_vocab()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^model\.name: the tokenizer of .* resize them"):
+        pipeline._tokenizer(config)

@@ -195,6 +195,14 @@ def test_the_files_of_a_sweep_agree_and_say_what_all_of_it_costs(
     assert page.count("<svg") == 1 and "<script" not in page and not re.search(r"(src|href)=\"(?!#|cells/)", page)
 
 
+def test_runs_of_an_earlier_call_are_counted_too(swept: tuple[Path, list[Cell], dict[str, Any]]) -> None:
+    """False: `--resume` with fewer cells makes what was spent and shown before look cheaper."""
+    folder, found, before = swept
+    config = found[1].config
+    again = table.write(folder, config, [c for c in found if c.name == "epsilon-4"], {})
+    assert again["together"] == before["together"] and again["statements"] == before["statements"]
+
+
 def test_the_table_in_a_terminal_of_80_columns_loses_no_column(
     swept: tuple[Path, list[Cell], dict[str, Any]],
     capsys: pytest.CaptureFixture[str],

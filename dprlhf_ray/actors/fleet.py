@@ -188,7 +188,7 @@ class Fleet:
             del running[slot]
             if isinstance(answer, Failure):
                 waiting.appendleft(chunk)
-                self._replicas.replace(at_work[slot], f"{answer}; its {len(chunk)} prompts go to another replica")
+                self._replicas.replace(at_work[slot], f"{answer}; its prompts go to another replica")
                 continue
             version = self._published.handle.version
             if len(answer) != len(chunk) or any(c.version != version for row in answer for c in row):

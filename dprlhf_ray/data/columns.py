@@ -266,9 +266,9 @@ def _read_hub(data: DataConfig, names: Sequence[str]) -> Table:
     try:
         table = datasets.load_dataset(data.source, split=data.split)
     except Exception as e:  # the hub's client raises many kinds; all mean that the data set could not be had
-        reason = " ".join(str(e).split())[:200]
-        raise ConfigError(
-            f"data source {data.source}: neither a file here nor readable from the hub, split {data.split!r} ({reason})"
+        raise ConfigError(  # its type and not its text, which may quote a cell
+            f"data source {data.source}: neither a file here nor readable from the hub, split {data.split!r} "
+            f"({type(e).__name__}); `python -c \"import datasets; datasets.load_dataset('{data.source}')\"` tells why"
         ) from None
     there = list(table.column_names)
     return Table(there, {name: list(table[name]) for name in names if name in there}, len(table))

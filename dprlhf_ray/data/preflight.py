@@ -308,7 +308,7 @@ def _key(source: str, split: str) -> str:
     pairs are made of; one split of a hub data set."""
     if source.startswith("embedded:"):
         return part(source)
-    return str(Path(source).expanduser().resolve()) if is_file_source(source) else f"{source} {split}"
+    return str(Path(source).expanduser().resolve()) if is_file_source(source) else f"{source.lower()} {split}"
 
 
 def _is_here(source: str) -> bool:

@@ -129,9 +129,6 @@ class Ledger:
         """
         with self._mutex:
             known, new = dict(self._state.schedules), []
-            for name in public:
-                declared = [s for s in known.values() if s.dataset == name]
-                budgets.check_role(name, True, declared, self._state.budgets.get(name))
             for d in declarations:
                 if d.stage in known:
                     if not d.matches(known[d.stage]):
@@ -142,6 +139,9 @@ class Ledger:
                 body = budgets.check_new(d, known, self._state.budgets.get(d.dataset))
                 known[d.stage] = chain.scheduled(d.dataset, d.stage, body)
                 new.append(("schedule", d.dataset, d.stage, body))
+            for name in public:
+                declared = [s for s in known.values() if s.dataset == name]
+                budgets.check_role(name, True, declared, self._state.budgets.get(name))
             if new:
                 self._append(*new)
 

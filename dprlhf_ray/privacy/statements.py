@@ -30,7 +30,8 @@ _EXCLUDED = (
     "an adversary inside the cluster",
     "hyper-parameter search (not charged)",
     "that aborts may depend on the data (assumed independent)",
-    "that rounding in a completion or a gradient may depend on what else is in the batch (engine and learner)",
+    "that rounding in a completion, a reward or a gradient may depend on what else is in the batch (engine, scorer, "
+    "learner)",
 )
 
 

@@ -17,11 +17,12 @@ from dprlhf_ray.errors import ConfigError, DprlhfError
 TIMEOUT = 60.0  # seconds of silence
 PAUSES = (0.5, 2.0, 8.0)  # seconds before each repetition
 _AT_ONCE = 8
+PROBE = ("Is anybody there?", " Yes.")  # public: tells a dead endpoint from a record that it cannot take
 _OF_THE_RECORD = {400, 413, 414, 422}
 
 
 class ScorerGone(DprlhfError):
-    """The endpoint gives no answer, whatever the record: the step is abandoned."""
+    """An endpoint or a device gives no answer, whatever the record: the step is abandoned."""
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -34,8 +35,9 @@ class _NoRedirect(HTTPRedirectHandler):
 class HttpScorer:
     """POST {"prompt", "completion"} as JSON; the answer is {"reward": number}.
 
-    A record is refused (None) by one of the statuses 400, 413, 414 and 422, by an answer of another form, or by a
-    status 500 that stays. Silence, no connection and every other status are repeated, then raise ScorerGone.
+    A record is refused (None) by one of the statuses 400, 413, 414 and 422, or by an answer of another form. Silence,
+    no connection and every other status are repeated. Where they stay, a fixed public record is sent: if the endpoint
+    answers that, it was this record's own failure (None), else ScorerGone is raised.
     """
 
     def __init__(self, url: str) -> None:
@@ -46,6 +48,13 @@ class HttpScorer:
             return list(pool.map(self._score, pairs))
 
     def _score(self, pair: tuple[str, str]) -> float | None:
+        reward, reason = self._ask(pair)
+        if reason is not None and self._ask(PROBE)[1] is not None:
+            raise ScorerGone(f"scorer.url: {urlsplit(self._url).hostname} gives no reward ({reason})") from None
+        return reward
+
+    def _ask(self, pair: tuple[str, str]) -> tuple[float | None, str | None]:
+        """(reward, None), (None, None) where the record was refused, or (None, why there is no answer)."""
         body = json.dumps({"prompt": pair[0], "completion": pair[1]}).encode()
         reason = "no answer"
         for pause in (0.0, *PAUSES):
@@ -53,17 +62,15 @@ class HttpScorer:
             try:
                 request = Request(self._url, body, {"Content-Type": "application/json"})
                 with self._opener.open(request, timeout=TIMEOUT) as answer:
-                    return _reward(answer.read())
+                    return _reward(answer.read()), None
             except HTTPError as e:
                 e.close()
                 if e.code in _OF_THE_RECORD:
-                    return None
+                    return None, None
                 reason = f"status {e.code}"
             except (OSError, HTTPException) as e:
                 reason = type(e).__name__  # never its text
-        if reason == "status 500":  # what servers answer when a record makes their code raise
-            return None
-        raise ScorerGone(f"scorer.url: {urlsplit(self._url).hostname} gives no reward ({reason})") from None
+        return None, reason
 
 
 def _reward(answer: bytes) -> float | None:

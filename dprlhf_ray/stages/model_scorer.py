@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.stages.batching import padded
 from dprlhf_ray.stages.classifier_files import check_labels
+from dprlhf_ray.stages.http_scorer import ScorerGone
 
 _BATCH_TOKENS = 4096  # padded; speed and memory only
 
@@ -50,8 +52,8 @@ class ModelScorer:
         self._label, self._column = label, 0 if label is None else labels.index(label)
         self._sigmoid = len(labels) == 1 or model.config.problem_type == "multi_label_classification"
         self._pad = model.config.pad_token_id
-        positions = getattr(model.config, "max_position_embeddings", None) or self._tokenizer.model_max_length
-        self._longest = int(min(positions, self._tokenizer.model_max_length))
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
+        self._longest = int(min(_positions(model), self._tokenizer.model_max_length))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = model.to(self._device).eval()
 
@@ -80,16 +82,21 @@ class ModelScorer:
                 ids = ids + self._tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception:  # whatever a record's content does
             return None
-        return list(ids) if 0 < len(ids) <= self._longest else None
+        fits = 0 < len(ids) <= self._longest and max(ids) < self._vocabulary
+        return list(ids) if fits else None
 
     def _width(self, ids: list[int]) -> int:
         return len(ids) if self._pad is None else min(self._longest, padded(len(ids)))
 
     def _batch(self, rows: list[list[int]], width: int) -> list[float | None]:
-        """One by one where the batch fails: whose fault it is cannot be told."""
+        """One by one where the batch fails: whose fault it is cannot be told. On a GPU, where what
+        a record can break was checked before, a failure is the device's: the step is abandoned. A device that is gone
+        would null everybody from there on."""
         try:
             return list(self._forward(rows, width).tolist())
-        except Exception:  # its text may quote a record
+        except Exception as e:  # its text may quote a record
+            if self._device != "cpu":
+                raise ScorerGone(f"scorer.model: the scorer's device failed ({type(e).__name__})") from None
             return [None] if len(rows) == 1 else [self._batch([row], width)[0] for row in rows]
 
     @torch.inference_mode()
@@ -105,3 +112,12 @@ class ModelScorer:
             return own
         others = [c for c in range(logits.shape[1]) if c != self._column]
         return own - logits[:, others].logsumexp(1)
+
+
+def _positions(model: Any) -> float:
+    """How many tokens a model takes: those of RoBERTa's kind count positions from behind the padding's."""
+    most = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            most = min(most, module.num_embeddings - module.padding_idx - 1)
+    return float(most)

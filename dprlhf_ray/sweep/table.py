@@ -136,8 +136,8 @@ def together(config: RunConfig, roots: Sequence[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def statements(cells: Sequence[Mapping[str, Any]], composed: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the sweep as a whole costs, in words."""
+def statements(composed: Sequence[Mapping[str, Any]], controls: Sequence[str]) -> list[str]:
+    """What the sweep as a whole costs, in words. controls: those without noise among its runs."""
     found = [
         "Every run is certified by itself. A sweep is not: whoever sees several runs, or the one picked by looking at "
         "several, is told by all of them, and what they cost adds up."
@@ -145,7 +145,7 @@ def statements(cells: Sequence[Mapping[str, Any]], composed: Sequence[Mapping[st
     for c in composed:
         bound = "no guarantee" if c["epsilon"] is None else f"ε = {c['epsilon']:.4f} at δ = {c['delta']:g}"
         found.append(f"The {c['runs']} runs at a target ε together: {bound} on {c['data_set']}.")
-    if controls := [c["cell"] for c in cells if c["certified"] is False]:
+    if controls:
         found.append(f"{', '.join(controls)}: no noise was added, so that together with them nothing is guaranteed.")
     return found
 
@@ -194,8 +194,10 @@ def write(folder: Path, config: RunConfig, cells: Sequence[Cell], failed: Mappin
     roots = {c.folder: folder / "cells" / c.folder for c in cells}
     runs = [run_row(c, roots[c.folder], failed.get(c.folder)) for c in cells]
     rows = cell_rows(runs)
-    composed = together(config, [roots[c.folder] for c in cells if c.epsilon is not None])
-    words = statements(rows, composed)
+    there = sorted(p for p in (folder / "cells").glob("*-seed*") if p.is_dir())  # those of earlier calls too
+    composed = together(config, [p for p in there if p.name.startswith("epsilon-")])
+    ran = {p.name.rsplit("-seed", 1)[0] for p in there}
+    words = statements(composed, [name for name in ("clip_only", "non_private") if name in ran])
     found = {"name": config.name, "cells": rows, "runs": runs, "together": composed, "statements": words}
     measured = dict.fromkeys((r["stage"], r["measure"]) for r in rows if "measure" in r)
     what = "; ".join(f"{MEASURES[m]} of stage {stage}" for stage, m in measured) or "nothing yet"

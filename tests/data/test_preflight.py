@@ -97,6 +97,7 @@ def test_splits_of_a_hub_data_set_are_different_data(tiny_model: Path) -> None:
     test = {"source": "org/films", "split": "test"}
     assert check(tiny_model, {**mine, "x": {**test, "public": True}}, stage, evaluation=test).population is None
     assert "needs public prompts" in line(tiny_model, mine, stage, evaluation={**test, "split": "train"})
+    assert "needs public prompts" in line(tiny_model, mine, stage, evaluation={"source": "Org/Films", "split": "train"})
     assert "cannot be both" in line(tiny_model, {**mine, "x": {"source": "org/films", "public": True}}, stage)
 
 

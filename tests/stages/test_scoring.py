@@ -12,11 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from dprlhf_ray.actors.scorer import ScorerActor
@@ -24,7 +30,7 @@ from dprlhf_ray.config import ModelConfig, ScorerConfig
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.models.reward import export_reward_model, load_reward_model
 from dprlhf_ray.stages import http_scorer
-from dprlhf_ray.stages.http_scorer import HttpScorer, ScorerGone
+from dprlhf_ray.stages.http_scorer import PROBE, HttpScorer, ScorerGone
 from dprlhf_ray.stages.model_scorer import ModelScorer
 from dprlhf_ray.stages.scoring import PythonFunction, Scorer, build_scorer, check_scorer, score_records
 
@@ -189,6 +195,37 @@ def test_where_a_batch_fails_its_records_are_scored_one_by_one(classifier: Path)
     )
 
 
+def test_what_would_break_the_device_is_null_before_it_gets_there(tmp_path: Path) -> None:
+    """False: an id without an embedding, or one token more than RoBERTa has positions for, reaches the model, and on a
+    GPU takes everybody after it along. A failure on a GPU stops the step."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(tmp_path))
+    settings = RobertaConfig(
+        vocab_size=len(tokenizer) - 1, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        max_position_embeddings=18, pad_token_id=1, num_labels=2,
+    )  # fmt: skip
+    RobertaForSequenceClassification(settings).save_pretrained(tmp_path)
+    scorer, last = ModelScorer(tmp_path, "LABEL_1"), tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+    found = scorer.score([("", "a"), ("", "a " * 16), ("", "a " * 17), ("", f"a {last}")])
+    assert [x is None for x in found] == [False, False, True, True]
+
+    def broken(**_: Any) -> Any:  # the fault
+        raise RuntimeError("private-text")
+
+    scorer._model.forward, scorer._device = broken, "cuda"
+    scorer._forward = lambda rows, width: broken()  # type: ignore[method-assign]
+    with pytest.raises(ScorerGone, match=r"^scorer\.model: the scorer's device failed \(RuntimeError\)$"):
+        scorer.score([("", "a")])
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    words = WordLevel({"[UNK]": 0, "[PAD]": 1, "a": 2, "extra": 3}, unk_token="[UNK]")
+    backend = Tokenizer(words)
+    backend.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
+    return folder
+
+
 def test_a_model_without_a_trained_head_is_refused(tiny_model: Path) -> None:
     """False: random rewards, from a language model that was taken for a reward model."""
     with pytest.raises(ConfigError, match=r"^scorer\.model: .* has no trained score\.weight"):
@@ -246,7 +283,7 @@ def test_an_endpoint_gets_one_record_per_request_and_its_refusals_stay_that_reco
     completions = ["ä", "bad", "bb", "raises", "odd", "none", "huge", *("c" * n for n in range(20))]
     found = HttpScorer(url).score([("the prompt", c) for c in completions])
     assert found == [1.0, None, 2.0, None, None, None, None, *map(float, range(20))]
-    assert sorted(bodies[0]) == ["completion", "prompt"] and {b["prompt"] for b in bodies} == {"the prompt"}
+    assert sorted(bodies[0]) == ["completion", "prompt"] and {b["prompt"] for b in bodies} == {"the prompt", PROBE[0]}
     assert sum(b["completion"] == "bad" for b in bodies) == 1 and sum(b["completion"] == "raises" for b in bodies) == 3
 
 
@@ -270,7 +307,17 @@ def test_an_endpoint_that_serves_nobody_stops_the_step_and_tells_no_text(endpoin
     with pytest.raises(ScorerGone) as e:
         actor.score([("private-text", "c", 0.0)])
     assert str(e.value) == f"scorer.url: 127.0.0.1 gives no reward (status {status})"
-    assert e.value.__suppress_context__ and len(seen) == 3
+    assert e.value.__suppress_context__ and len(seen) == 6 and seen[-1]["completion"] == PROBE[1]
+
+
+@pytest.mark.parametrize("status", [500, 502, 504])
+def test_a_record_that_a_gateway_cannot_take_is_its_own_failure(endpoint: Any, status: int) -> None:
+    """False: one record's presence decides whether a run ends."""
+
+    def answer(body: dict[str, str]) -> tuple[int, bytes]:
+        return (status, b"") if body["completion"] == "breaks" else (200, b'{"reward": 0.5}')
+
+    assert HttpScorer(endpoint(answer)).score([("p", "c"), ("p", "breaks"), ("p", "d")]) == [0.5, None, 0.5]
 
 
 def test_a_server_that_is_gone_stops_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
