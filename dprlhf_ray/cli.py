@@ -158,6 +158,11 @@ def plan(
     from dprlhf_ray.privacy import accounting
 
     if config is not None:
+        numbers = {"--epsilon": epsilon, "--delta": delta, "--sampling-rate": sampling_rate, "--steps": steps}
+        if given := [name for name, value in numbers.items() if value is not None]:
+            raise ConfigError(
+                f"plan: {given[0]} goes with the four numbers; with a config: --set stages.0.privacy.epsilon=4"
+            )
         _print_plan(_plan_config(config_file.load(config, overrides)), as_json)
         return
     missing = [
@@ -327,7 +332,8 @@ def _plan_config(config: RunConfig) -> list[dict[str, Any]]:
     for stage in config.stages:
         if stage.data not in facts.populations:
             raise ConfigError(
-                f"plan: the size of data set {stage.data!r} is not known (a hub data set): "
+                f"plan: the size of data.{stage.data}.source is not known: {config.data[stage.data].source} is no file "
+                "here, so it is taken for the name of a hub data set (a file has its suffix, such as .jsonl): "
                 "use plan --epsilon --delta --sampling-rate --steps"
             )
         size = expected_population(config, stage, facts.populations)
@@ -371,7 +377,8 @@ def main() -> None:
         sys.exit(130)
     except Exception as e:
         if hasattr(e, "exit_code") and hasattr(e, "format_message"):  # click's usage errors
-            typer.echo(f"dprlhf: {e.format_message()}", err=True)
+            if e.format_message():  # a bare command has shown its help
+                typer.echo(f"dprlhf: {e.format_message()}", err=True)
             sys.exit(e.exit_code)
         typer.echo("".join(traceback.format_tb(e.__traceback__)), err=True)
         reason = f" ({e.strerror})" if isinstance(e, OSError) and e.strerror else ""

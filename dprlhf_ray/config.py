@@ -10,13 +10,32 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """true is not the number 1."""
+        annotation = str(cls.model_fields[info.field_name].annotation) if info.field_name else ""
+        if isinstance(value, bool) and "bool" not in annotation:
+            raise ValueError(f"should not be {str(value).lower()}")
+        return value
 
 
 # --------------------------------------------------------------------------------------------------------- model
@@ -217,7 +236,7 @@ class PrivacyConfig(Section):
 class AlgorithmConfig(Section):
     """Per-record policy loss; see `dprlhf_ray/algorithms/`."""
 
-    kind: Literal["ppo", "rloo", "grpo", "reinforce", "reinforce_pp"] = "rloo"
+    kind: Literal["ppo", "rloo", "grpo", "reinforce", "reinforce_pp"] = "reinforce"
     completions_per_prompt: int = Field(
         1, ge=1, description="G: completions of one prompt; together they are one record"
     )
@@ -425,7 +444,7 @@ class RLStage(Stage):
 
     kind: Literal["rl"] = "rl"
     name: str = Field("rl", pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    algorithm: AlgorithmConfig = AlgorithmConfig(kind="reinforce")
+    algorithm: AlgorithmConfig = AlgorithmConfig()
     generation: GenerationConfig = GenerationConfig()
     scorer: ScorerConfig = ScorerConfig()
 
@@ -578,8 +597,15 @@ class RunConfig(Section):
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ: {names}")
+        units: dict[str, tuple[str, str]] = {}
         for i, s in enumerate(self.stages):
             self._check_stage(s, self.stages[:i], budgets)
+            first = units.setdefault(self.dataset_of(s.data), (s.privacy.unit, s.name))
+            if s.privacy.mode != "public" and first[0] != s.privacy.unit:
+                raise ValueError(
+                    f"stage {s.name!r}: unit {s.privacy.unit}, but stage {first[1]!r} on the same data set "
+                    f"{self.dataset_of(s.data)!r} has unit {first[0]}: one data set has one unit"
+                )
         return self
 
     def _check_stage(self, s: AnyStage, earlier: Sequence[AnyStage], budgets: Mapping[str, BudgetConfig]) -> None:

@@ -18,6 +18,18 @@ from dprlhf_ray.config import STAGES, RunConfig
 from dprlhf_ray.errors import ConfigError
 
 
+class _OnceEach(yaml.SafeLoader):
+    """YAML in which a key that is there twice is an error: the second would silently win."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and (name := self.construct_object(key, deep)) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {name!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML config and apply `a.b=value` overrides.
 
@@ -26,13 +38,16 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file")
+        raise ConfigError(f"{path}: {'is a folder, give a YAML file' if path.is_dir() else 'no such config file'}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}:{where} is not valid YAML: {getattr(e, 'problem', e)}") from None
+        reason = str(getattr(e, "problem", None) or e).splitlines()[0]
+        raise ConfigError(f"{path}:{where} is not valid YAML: {reason}") from None
+    if tree is None:
+        raise ConfigError(f"{path}: the file is empty: a config has at least `stages`")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, not {type(tree).__name__}")
     tree = _apart(tree)
@@ -60,12 +75,17 @@ def _one_line(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("be a valid", "be a")
     message = re.sub(r"should be a (dictionary|model).*", "should be a section of keys and values", message)
     message = re.sub(r"should be an? (valid )?integer.*", "should be a whole number", message)
+    message = re.sub(r"(should be a number), unable.*", r"\1", message)
+    message = re.sub(r"should be a tuple", "should be a list, each of its items after a dash", message)
+    message = re.sub(r"Tuple should have at least (\d+) items?.*", r"should have at least \1", message)
+    message = re.sub(r"String should match pattern '\^\[(.).*", r"letters, digits, - and _ only", message)
     if not key:  # a check of the whole config names its keys itself
         return message
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key{_known_keys(first['loc'])}"
     if first["type"] == "union_tag_invalid":
-        return f"{key}.kind: no such kind of stage; there are {', '.join(STAGES)}"
+        got = first.get("ctx", {}).get("tag")
+        return f"{key}.kind: no such kind of stage: {got}; there are {', '.join(STAGES)}"
     if first["type"] == "missing":
         return f"{key}: this key is required"
     value = first.get("input")

@@ -69,6 +69,12 @@ def line_of(refused: Callable[[], Any]) -> str:
             tree(rollout={"max_model_len": 64}),
             "config: rollout.max_model_len is 64, but prompts of up to 256 tokens and 24 new tokens need 280",
         ),
+        (stage({"steps": True}), "config: stages.0.privacy.steps: should not be true"),
+        (stage({"epsilon": "six"}), "config: stages.0.privacy.epsilon: should be a number (got 'six')"),
+        ({"stages": []}, "config: stages: should have at least 1"),
+        ({"stages": {"name": "rl"}}, "config: stages: should be a list, each of its items after a dash"),
+        (tree(name="a/b"), "config: name: letters, digits, - and _ only (got 'a/b')"),
+        (stage(kind="dpo"), "config: stages.0.kind: no such kind of stage: dpo; there are rl, sft, reward_model"),
         (
             stage({"adjacency": "replace_one"}, partition="a", data="notes")
             | {"data": {"notes": {"source": "n.jsonl", "unit_column": "id", "partitions": {"a": 0.5}}}},
@@ -147,6 +153,11 @@ def test_bad_config_files_are_one_line(tmp_path: Path) -> None:
     assert line_of(lambda: config_file.load(path)) == f"{path}: a config is a mapping of keys to values, not list"
     path.write_bytes(b"\xff\xfe\x00a")
     assert "is not valid YAML" in line_of(lambda: config_file.load(path))
+    path.write_text("")
+    assert "the file is empty" in line_of(lambda: config_file.load(path))
+    path.write_text("name: a\nstages: []\nname: b\n")
+    assert line_of(lambda: config_file.load(path)) == f"{path}: line 3 is not valid YAML: the key 'name' is there twice"
+    assert line_of(lambda: config_file.load(tmp_path)) == f"{tmp_path}: is a folder, give a YAML file"
 
 
 def test_overrides_reach_list_items_and_are_checked(tmp_path: Path) -> None:

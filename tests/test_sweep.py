@@ -36,7 +36,7 @@ def _config(**changes: Any) -> RunConfig:
         },
         "stages": [
             {"kind": "sft", "data": "books", "privacy": {"mode": "public"}},
-            {"kind": "reward_model", "data": "notes", "privacy": {"epsilon": 3.0}},
+            {"kind": "reward_model", "data": "notes", "privacy": {"epsilon": 3.0, "unit": "user"}},
             {"kind": "rl", "data": "notes", "partition": "a", "privacy": {"epsilon": 5.0, "clip_norm": 0.5} | user},
         ],
     }  # fmt: skip

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dprlhf_ray.config import DataConfig
+from dprlhf_ray.config import DataConfig, EvaluationConfig
 from dprlhf_ray.data.embedded import POPULATION, read_embedded
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.privacy.partitions import unit_id
@@ -80,6 +80,23 @@ def read_table(data: DataConfig, kinds: Iterable[Kind]) -> Table:
     if id_column and id_column not in table.columns:
         raise _no_column(data.source, id_column, table.names, "name the column of the ids with unit_column")
     return table
+
+
+def evaluation_data(evaluation: EvaluationConfig, like: DataConfig | None = None) -> DataConfig:
+    """The public prompts of `evaluation.source` as a data set: with the length limit and chat template of `like`
+    (default: those of a data set), and its column names where the source has them and `evaluation.columns` is empty.
+
+    Raises:
+        ConfigError: as `read_columns`.
+    """
+    plain = DataConfig(source=evaluation.source, split=evaluation.split, columns=evaluation.columns, public=True)
+    if like is None:
+        return plain
+    if not evaluation.columns and like.columns:
+        there = read_columns(plain, sorted(set(like.columns.values()))).columns
+        plain = plain.model_copy(update={"columns": {k: v for k, v in like.columns.items() if v in there}})
+    update = {k: getattr(plain, k) for k in ("source", "split", "columns")} | {"unit_column": None, "partitions": {}}
+    return like.model_copy(update=update)
 
 
 def read_columns(data: DataConfig, names: Sequence[str]) -> Table:
@@ -187,6 +204,8 @@ def _check_layouts(data: DataConfig, kind: Kind, found: list[Layout], table: Tab
         name, column = next(iter((next(filter(None, named), None) or min(missing, key=len)).items()))
         ways = ", or ".join(" and ".join(layout) for layout in found)
         remedy = f"kind {kind} needs {ways}; remap with columns: {{{name}: NAME}}"
+        if name in data.columns:
+            remedy = f"columns.{name} names it"
         raise _no_column(data.source, column, table.names, remedy)
 
 
@@ -207,7 +226,9 @@ def _pick(rows: Iterable[Any], names: Sequence[str]) -> Table:
 
 
 def _no_column(source: str, column: str, names: list[str], remedy: str) -> ConfigError:
-    shown = (", ".join(n[:40] for n in names[:12]) or "none") + (", ..." if len(names) > 12 else "")
+    if not names:
+        return ConfigError(f"data source {source}: no row has columns: one JSON object per line, UTF-8, is needed")
+    shown = ", ".join(n[:40] for n in names[:12]) + (", ..." if len(names) > 12 else "")
     return ConfigError(f"data source {source}: no column {column!r}; its columns are: {shown} ({remedy})")
 
 

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from dprlhf_ray.config import AdapterConfig, AnyStage, RunConfig
 from dprlhf_ray.data.columns import (
     check_embedded,
+    evaluation_data,
     file_path,
     is_file_source,
     read_public_responses,
@@ -91,13 +93,24 @@ def preflight(config: RunConfig, output: Path | None = None, available_gib: floa
             f"{config.learner.num_workers} learner and {config.rollout.replicas} rollout processes, there are "
             f"{available:.1f} GiB: use a smaller model, fewer processes or a cluster (ray.address)"
         )
-    populations = {name: size for name in config.data if (size := _population(config, name)) is not None}
+    populations = {}
+    for name in config.data:
+        with _at(f"data.{name}"):
+            size = _population(config, name)
+        if size is not None:
+            populations[name] = size
     for stage in config.stages:
         if stage.kind == "rl":
-            check_scorer(stage.scorer)
+            with _at(f"stage {stage.name!r}"):
+                check_scorer(stage.scorer)
         if stage.data in populations:
             check_population(stage, expected_population(config, stage, populations))
     _check_sources(config)
+    for stage in config.stages:
+        with _at("evaluation.source"):
+            data = evaluation_data(config.evaluation, config.data[stage.data])
+            if _is_here(data.source):
+                read_table(data, ["rl"])
     if config.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "tracking.wandb_project: the package wandb is not installed: pip install wandb, or leave it out"
@@ -244,8 +257,6 @@ def _population(config: RunConfig, name: str) -> int | None:
     """Rows or users of a data set, whose columns are checked for each kind of stage that uses it; None: not known."""
     data, stages = config.data[name], [s for s in config.stages if name in (s.data, s.heldout)]
     users = {s.privacy.unit for s in stages if s.data == name}
-    if len(users) > 1:
-        raise ConfigError(f"data.{name}: stages with unit record and unit user: one data set has one unit")
     _check_there(data.source)
     if not stages or not _is_here(data.source):
         return None
@@ -260,6 +271,15 @@ def _population(config: RunConfig, name: str) -> int | None:
     return table.rows
 
 
+@contextmanager
+def _at(key: str) -> Iterator[None]:
+    """An error inside says which key of the config it is about."""
+    try:
+        yield
+    except ConfigError as e:
+        raise e if str(e).startswith(key) else ConfigError(f"{key}: {e}") from None
+
+
 def _check_there(source: str) -> None:
     if source.startswith("embedded:"):
         check_embedded(source)
@@ -269,7 +289,8 @@ def _check_there(source: str) -> None:
 
 def _check_sources(config: RunConfig) -> None:
     """No source is private and public, or pays under two names, or counts its units by two kinds of ids."""
-    _check_there(config.evaluation.source)
+    with _at("evaluation.source"):
+        _check_there(config.evaluation.source)
     public = {_key(config.evaluation.source, config.evaluation.split): "evaluation.source"}
     for name, data in config.data.items():
         if data.rejected_source is not None:

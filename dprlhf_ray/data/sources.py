@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dprlhf_ray.config import DataConfig, EvaluationConfig
-from dprlhf_ray.data.columns import Kind, Table, layouts, read_public_responses, read_table, unit_ids
+from dprlhf_ray.data.columns import (
+    Kind,
+    Table,
+    evaluation_data,
+    layouts,
+    read_public_responses,
+    read_table,
+    unit_ids,
+)
 from dprlhf_ray.data.formats import Format, null_record
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.records import Experience, Prompt
@@ -128,14 +136,12 @@ def load_public_prompts(
 ) -> list[Prompt]:
     """`evaluation.prompts` public prompts in an order fixed by the public seed; unusable ones are left out.
 
-    `like`: the data set whose columns, length limit and chat template are used (default: the defaults of a data set).
+    `like`: as `evaluation_data`.
 
     Raises:
         ConfigError: as `public_records`.
     """
-    update: dict[str, Any] = {"source": evaluation.source, "split": evaluation.split, "prompt_tokens": prompt_tokens}
-    update |= {"columns": evaluation.columns} if evaluation.columns else {}
-    data = (like or DataConfig.model_validate({})).model_copy(update=update)
+    data = evaluation_data(evaluation, like).model_copy(update={"prompt_tokens": prompt_tokens})
     return [e.prompt for e in public_records(data, "rl", tokenizer, evaluation.prompts, seed)]
 
 

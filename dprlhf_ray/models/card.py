@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dprlhf_ray.config import AnyStage, RunConfig
-from dprlhf_ray.models.embedded import HUB_NAME, LICENSE
+from dprlhf_ray.models.embedded import LICENSE, hub_name
 from dprlhf_ray.run_dir import write_atomically
 
 _TEMPLATE = Path(__file__).parent / "card.md.j2"
@@ -41,7 +41,7 @@ def model_card(kind: str, config: RunConfig, stage: AnyStage, certificate: Mappi
 
     name = config.model.name
     data = ModelCardData(
-        base_model=HUB_NAME if name == "embedded" else name if _is_hub_name(name) else None,
+        base_model=hub_name(name) if _is_hub_name(name) else None,
         license=LICENSE if name == "embedded" else _license(name),
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-classification" if stage.kind == "reward_model" else "text-generation",
@@ -54,8 +54,9 @@ def model_card(kind: str, config: RunConfig, stage: AnyStage, certificate: Mappi
         data,
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         kind=kind,
+        embedded=name == "embedded",
         run=config.name,
-        base=HUB_NAME if name == "embedded" else Path(name).name if _is_folder(name) else name,
+        base=Path(name).name if _is_folder(name) else hub_name(name),
         stage=next((s for s in c.get("stages", []) if s["stage"] == stage.name), None),
         name=stage.name,
         reward_model=stage.kind == "reward_model",
@@ -67,6 +68,7 @@ def model_card(kind: str, config: RunConfig, stage: AnyStage, certificate: Mappi
         before=[s.name for s in made_of[:-1]],
         units=" or ".join(dict.fromkeys(f"one {s.privacy.unit}" for s in private)),
         costs={name: c["data_sets"][name] for name in data_sets} if c.get("certified") else {},
+        public_parts={what: _shown(value) for what, value in c.get("public", {}).items()},
         certificate=certificate,
     )
     return str(card).rstrip() + "\n"
@@ -79,6 +81,12 @@ def lineage(config: RunConfig, stage: AnyStage) -> list[AnyStage]:
     direct = [s for s in config.stages if s.name in used]
     names = {s.name for other in direct for s in lineage(config, other)}
     return [*(s for s in config.stages if s.name in names), stage]
+
+
+def _shown(declared: str | Sequence[str]) -> str:
+    """What was declared public, without the folders of this machine."""
+    values = [declared] if isinstance(declared, str) else declared
+    return ", ".join(Path(v).name if Path(v).is_absolute() else v for v in values)
 
 
 def _is_folder(name: str) -> bool:

