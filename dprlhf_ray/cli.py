@@ -325,10 +325,11 @@ def _figures(step: Any, delta: float, tries: float | None) -> dict[str, float | 
 
 def _plan_config(config: RunConfig) -> list[dict[str, Any]]:
     from dprlhf_ray.data.preflight import expected_population, preflight
-    from dprlhf_ray.privacy.planning import expectations, plan_stage, trainable_numbers
+    from dprlhf_ray.privacy.planning import composed, expectations, plan_stage, trainable_numbers
 
     facts = preflight(config)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    plans = []
     for stage in config.stages:
         if stage.data not in facts.populations:
             raise ConfigError(
@@ -338,10 +339,11 @@ def _plan_config(config: RunConfig) -> list[dict[str, Any]]:
             )
         size = expected_population(config, stage, facts.populations)
         found = plan_stage(stage, size, dataset=config.dataset_of(stage.data))
+        plans.append(found)
         row: dict[str, Any] = {"stage": stage.name, "kind": stage.kind, "data_set": found.dataset}
         row |= {"guarantee": _GUARANTEES[found.guarantee], "sampled": found.step.sampled, **found.step.parameters()}
         row |= {"records_per_draw": stage.privacy.records_per_draw if found.step.sampled == "user" else None}
-        row |= {"delta": None if found.public else found.delta}
+        row |= {"delta": None if found.public else found.delta, "target": found.target}
         row |= (
             {"pld": None, "rdp": None}
             if found.epsilon is None
@@ -350,6 +352,14 @@ def _plan_config(config: RunConfig) -> list[dict[str, Any]]:
         m = facts.model
         d = None if m is None else trainable_numbers(config.adapter_of(stage), m.parameters, m.linears)
         rows.append(row | expectations(stage, found, d))
+    budgets = config.budgets()
+    for name, together in composed(config, plans).items():
+        known, budget = together.bound, budgets.get(name)
+        rows.append({
+            "data_set": name, "epsilon": None if known is None else known.epsilon, "delta": together.delta,
+            "why": together.reason, "budget": None if budget is None else budget.epsilon,
+            "budget_delta": None if budget is None else budget.delta,
+        })  # fmt: skip
     return rows
 
 
@@ -357,9 +367,12 @@ def _print_plan(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    for row in rows:
-        width = max(len(k) for k in row)
-        for key, value in row.items():
+    for i, row in enumerate(rows):
+        shown = {k: v for k, v in row.items() if v is not None}
+        width = max(len(k) for k in shown)
+        if i:
+            typer.echo()
+        for key, value in shown.items():
             typer.echo(f"{key:<{width}}  {value:.6g}" if isinstance(value, float) else f"{key:<{width}}  {value}")
 
 

@@ -107,11 +107,12 @@ def test_plan_of_a_config_knows_users_public_data_and_each_stages_own_adapter(
     path.write_text(json.dumps(tree))
     code, out, err = command("plan", str(path), "--json")
     assert code == 0, err
-    sft, rl = json.loads(out)
+    sft, rl, together = json.loads(out)
     assert sft["guarantee"].startswith("public data") and sft["pld"] is None and sft["delta"] is None
     assert (rl["guarantee"], rl["sampled"], rl["population"], rl["records_per_draw"]) == ("dp", "user", 100, 2)
     assert 0 < rl["certified"] <= 3.0 and rl["completions_per_step"] == pytest.approx(40)
     assert rl["trainable"] == 4 * sft["trainable"] > 0
+    assert together["data_set"] == "notes" and together["epsilon"] == rl["certified"] and together["budget"] is None
 
 
 def test_plan_names_the_numbers_that_are_missing(command: Command) -> None:
@@ -128,6 +129,7 @@ def test_plan_names_the_numbers_that_are_missing(command: Command) -> None:
         "epsilon --sampling-rate .1",
         "plan --epsilon inf --delta 1e-6 --sampling-rate .1 --steps 512",
         "plan no-such-file.yaml",
+        "plan configs/quickstart.yaml --epsilon 4",
         "sweep no-such-file.yaml --epsilon 1",
         "sweep configs/quickstart.yaml",
         "sweep configs/quickstart.yaml --epsilon 1,two",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dprlhf_ray.config import AdapterConfig, AnyStage
+from dprlhf_ray.config import AdapterConfig, AnyStage, RunConfig
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.privacy import accounting, filter
 from dprlhf_ray.privacy.accounting import EpsilonReport
 from dprlhf_ray.privacy.chain import Guarantee
+from dprlhf_ray.privacy.composition import Composition, Part, compose
 from dprlhf_ray.privacy.filter import Filter
 from dprlhf_ray.privacy.mechanism import DPStep
+from dprlhf_ray.privacy.partitions import WHOLE, Units, spans
 
 METRIC_NOISE_WITHOUT_EPSILON = 5.0  # sigma_m of modes clip_only and public: about what a private run's metrics have
 
@@ -93,6 +95,30 @@ def plan_stage(stage: AnyStage, size: int, run_id: str | None = None, dataset: s
     report = accounting.epsilon(step, p.delta, allow_large_delta=True)
     gate = filter.choose_order(step, p.epsilon, p.delta) if adaptive else None
     return StagePlan(stage.name, ledger_stage, name, step, report, p.epsilon, p.delta, gate)
+
+
+def composed(config: RunConfig, plans: Sequence[StagePlan]) -> dict[str, Composition]:
+    """What the stages will cost together, by private data set, at the smallest of their deltas.
+
+    Units of different partitions of one map are different; what else the ids would tell is not known yet, so that the
+    run's own figure may be smaller.
+    """
+    found: dict[str, Composition] = {}
+    stages = [(s, p) for s, p in zip(config.stages, plans, strict=True) if not p.public]
+    for name in dict.fromkeys(p.dataset for _, p in stages):
+        mine = [(s, p, spans(config.data[s.data].partitions).get(s.partition or "", WHOLE))
+                for s, p in stages if p.dataset == name]  # fmt: skip
+        starts = sorted({low for *_, (low, _) in mine})
+        parts = []
+        for s, p, (low, high) in mine:
+            data = config.data[s.data]
+            ids = data.unit_column is not None or data.source.startswith("embedded:")
+            inside = frozenset(i.to_bytes(2, "big") for i, x in enumerate(starts) if low <= x < high)
+            part = Part(s.name, p.step, Units(inside, (low, high)) if ids else None)
+            gate = p.filter
+            parts.append(part if gate is None else replace(part, alpha=gate.alpha, rho_budget=gate.rho_budget))
+        found[name] = compose(parts, min(p.delta for _, p, _ in mine))
+    return found
 
 
 def share(step: DPStep, sigma: float, metrics_share: float) -> DPStep:

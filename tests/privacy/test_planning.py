@@ -13,7 +13,7 @@ from dprlhf_ray.config import RLStage
 from dprlhf_ray.data.units import load_stage_data
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.privacy import accounting
-from dprlhf_ray.privacy.planning import METRIC_NOISE_WITHOUT_EPSILON, plan_stage, share
+from dprlhf_ray.privacy.planning import METRIC_NOISE_WITHOUT_EPSILON, composed, plan_stage, share
 
 
 def stage(**privacy: Any) -> RLStage:
@@ -94,3 +94,23 @@ def test_users_are_counted_as_users(tmp_path: Path, tiny_model: Path) -> None:
             else:
                 step = plan_stage(config.stages[0], size).step
                 assert (step.population, step.sampling_rate, step.unit) == (sampled, 5 / sampled, "user")
+
+
+def test_a_plan_composes_stages_as_partitions_divide_their_units() -> None:
+    """False: a user reads the figure of one stage where three compose, or pays for units that no stage shares."""
+    data = {"notes": {"source": "n.jsonl", "unit_column": "id", "partitions": {"a": 0.5, "b": 0.5}},
+            "more": {"source": "m.jsonl", "dataset": "notes"}}  # fmt: skip
+    privacy = {"epsilon": 2.0, "delta": 1e-5, "expected_batch": 20, "steps": 5}
+    where = {"x": ("notes", "a"), "y": ("notes", "b"), "z": ("notes", None), "w": ("more", None)}
+    stages = [{"name": n, "data": d, "partition": p, "privacy": privacy} for n, (d, p) in where.items()]
+
+    def cost(*names: str) -> float:
+        config = config_file.parse({"data": data, "stages": [s for s in stages if s["name"] in names]})
+        plans = [plan_stage(s, 2000, dataset=config.dataset_of(s.data)) for s in config.stages]
+        (found,) = composed(config, plans).values()
+        assert found.bound is not None
+        return found.bound.epsilon
+
+    one = cost("x")
+    assert cost("x", "y") == one < cost("x", "z") == cost("x", "y", "z") < cost("x", "y", "z", "w")
+    assert cost("x", "w") == pytest.approx(cost("x", "z"))  # rows without ids count for everybody
