@@ -356,6 +356,11 @@ class ScorerConfig(Section):
     members: tuple[ScorerConfig, ...] = Field((), description="ensemble: at least two scorers")
     shift: float = Field(0.0, description="public constant, added first")
     scale: float = Field(1.0, description="public constant, multiplied then")
+    standardise: bool = Field(
+        False,
+        description="then subtract the mean, and divide by the deviation, of the starting policy's rewards on the "
+        "public evaluation prompts: two public constants, fixed before the first draw",
+    )
     reward_bound: float = Field(
         1.0, gt=0, description="rewards are clipped to [-bound, bound] at last, a public constant"
     )

@@ -176,11 +176,14 @@ def _before(here: RunDir, stage: AnyStage, roles: Roles, source: Source, show: R
     """Of the untrained model on public records; kept, so that a resumed run compares with the same."""
     path = here.evaluation(stage.name)
     if path.exists():
-        kept = read_json(path)["before"]
+        tree = read_json(path)
+        kept, unit = tree["before"], tree.get("unit")
+        source.unit = None if unit is None else (unit[0], unit[1])
         return Evaluation(tuple(kept["rewards"]), tuple(kept["texts"]))
     before: Evaluation | None = persist(roles, show, source.evaluate)
     if before is not None:
-        write_atomically(path, json.dumps({"measure": source.measure, "before": asdict(before)}))
+        tree = {"measure": source.measure, "unit": source.unit, "before": asdict(before)}
+        write_atomically(path, json.dumps(tree))
         show.say(f"mean {source.measure} on {len(before.rewards)} public records before: {before.mean:.3f}")
     return before
 
@@ -192,7 +195,12 @@ def _conclude(
     if before is None or after is None:
         return None
     found = compare(before.rewards, after.rewards)
-    tree = {"measure": source.measure, "comparison": found.as_dict(), "prompts": list(source.prompts)}
+    tree = {
+        "measure": source.measure,
+        "unit": source.unit,
+        "comparison": found.as_dict(),
+        "prompts": list(source.prompts),
+    }
     write_atomically(here.evaluation(stage.name), json.dumps(tree | {"before": asdict(before), "after": asdict(after)}))
     show.say(
         f"mean {source.measure} on {found.prompts} public records: {found.before:.3f} -> {found.after:.3f}, "

@@ -17,6 +17,7 @@ import ray
 from transformers import AutoConfig, AutoTokenizer
 
 from dprlhf_ray import collect, config_file, pipeline, stage_run
+from dprlhf_ray.actors import scorer as scorer_role
 from dprlhf_ray.actors.accountant import AccountantActor
 from dprlhf_ray.actors.learner_group import LearnersRestarted
 from dprlhf_ray.config import RLStage, ScorerConfig
@@ -249,6 +250,41 @@ def test_a_drawn_user_brings_own_records_only_and_at_most_so_many() -> None:
         assert all(set(s) <= set(own) and len(set(s)) == len(s) for s, own in zip(slots, users, strict=True))
         seen.update(s for unit in slots for s in unit)
     assert seen == set(range(10))
+
+
+def test_standardised_rewards_have_the_unit_of_public_prompts_and_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """False: private rewards set the scale, it moves with the policy, or a resumed run has another one."""
+    stage = RLStage.model_validate({
+        "privacy": {"epsilon": 1.0},
+        "scorer": {"kind": "python", "function": "m:f", "standardise": True, "reward_bound": 1.5,
+                   "length_penalty": 0.25},
+    })  # fmt: skip
+    offset = 0.0
+
+    class ByText:
+        def score(self, pairs: Any) -> list[float | None]:
+            return [None if c == "4" else float(c) + offset for _, c in pairs]
+
+    monkeypatch.setattr(scorer_role, "build_scorer", lambda *_: ByText())
+    monkeypatch.setattr(collect, "ray", SimpleNamespace(get=lambda x: x))
+    scorer = Direct(scorer_role.ScorerActor(stage.scorer))
+    fleet = SimpleNamespace(generate=lambda ids, group: [[Completion((1,), str(i[0]), True, 0)] for i in ids])
+    public = [Prompt(i, (i,), "") for i in (1, 3, 4)]
+    source = collect.Rollouts(stage, fleet, scorer, public)  # type: ignore[arg-type]
+    drawn = [(Experience(Prompt(0, (2,), ""), (), ()),), (Experience(Prompt(1, (9,), ""), (), ()),)]
+    with pytest.raises(RuntimeError, match="no unit"):
+        source.collect(drawn)
+    assert source.evaluate().rewards == (-1.25, 0.75, 0.0) and source.unit == (2.0, 1.0)
+
+    def rewards(of: collect.Rollouts) -> list[float]:
+        return [r.reveal() for (e,) in of.collect(drawn) for r in e.rewards if r]
+
+    assert rewards(source) == [-0.25, 1.5]
+    offset = 10.0  # as another policy would: the unit stays
+    assert source.evaluate().rewards == (1.5, 1.5, 0.0) and source.unit == (2.0, 1.0)
+    resumed = collect.Rollouts(stage, fleet, scorer, public)  # type: ignore[arg-type]
+    resumed.unit, offset = source.unit, 0.0
+    assert rewards(resumed) == [-0.25, 1.5]
 
 
 def test_a_tokenizer_with_ids_that_the_model_lacks_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -21,14 +21,20 @@ class ScorerActor:
         self._scorer = build_scorer(config, models)
         self._bound = config.reward_bound
 
-    def score(self, records: Sequence[tuple[str, str, float]]) -> list[PrivateNumber | None]:
-        """Rewards in [-reward_bound, reward_bound], one per (prompt, completion, penalty): the scorer's value less the
-        penalty. None where the record made the scorer fail.
+    def score(
+        self, records: Sequence[tuple[str, str, float]], zero: float = 0.0, one: float = 1.0
+    ) -> list[PrivateNumber | None]:
+        """Rewards in [-reward_bound, reward_bound], one per (prompt, completion, penalty): the scorer's value less
+        `zero`, divided by `one` (public constants), less the penalty. None where the record made the scorer fail.
 
         Raises:
-            ScorerGone: an endpoint gives no answer, whatever the record.
+            ScorerGone: an endpoint or a device gives no answer, whatever the record.
         """
-        return score_records(self._scorer, records, self._bound)
+        return score_records(self._scorer, records, self._bound, zero, one)
+
+    def values(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        """What the scorer says of PUBLIC (prompt, completion) texts, before it is standardised or clipped."""
+        return self._scorer.score(pairs)
 
     def ping(self) -> bool:
         return True

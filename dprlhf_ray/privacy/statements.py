@@ -117,6 +117,8 @@ def post_processing(config: RunConfig) -> list[str]:
         if isinstance(s, RLStage):
             models = dict.fromkeys(scorer.stage for scorer in s.scorer.flat() if scorer.stage)
             found += [f"stage {s.name} is scored by the reward model that stage {m} released" for m in models]
+            if s.scorer.standardise:
+                found.append(f"rewards of stage {s.name} are standardised by those of public prompts at its start")
     return found
 
 

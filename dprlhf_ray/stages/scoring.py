@@ -104,6 +104,8 @@ def check_scorer(config: ScorerConfig) -> None:
     for member in config.members:
         if member.length_penalty or member.missing_eos_penalty:
             raise ConfigError("scorer.members: penalties are taken off the whole reward: set them on the ensemble")
+        if member.standardise:
+            raise ConfigError("scorer.members: the whole reward is standardised: set it on the ensemble")
         check_scorer(member)
 
 
@@ -144,15 +146,17 @@ def load_function(name: str) -> Callable[[str, str], float]:
 
 
 def score_records(
-    scorer: Scorer, records: Sequence[tuple[str, str, float]], bound: float
+    scorer: Scorer, records: Sequence[tuple[str, str, float]], bound: float, zero: float = 0.0, one: float = 1.0
 ) -> list[PrivateNumber | None]:
-    """Rewards of (prompt, completion, penalty): the scorer's value less the penalty, clipped to [-bound, bound].
+    """Rewards of (prompt, completion, penalty): (value - zero) / one less the penalty, clipped to [-bound, bound].
 
     An error or a value that is not finite gives None for that record and touches no other; its unit then contributes
     exactly zero. Nothing about it is logged: an exception's text may quote the record.
     """
     values = scorer.score([(prompt, completion) for prompt, completion, _ in records])
-    rewards = [None if x is None else _bounded(x - r[2], bound) for x, r in zip(values, records, strict=True)]
+    rewards = [
+        None if x is None else _bounded((x - zero) / one - r[2], bound) for x, r in zip(values, records, strict=True)
+    ]
     return [None if x is None else PrivateNumber(x) for x in rewards]
 
 
