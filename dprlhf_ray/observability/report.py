@@ -43,6 +43,7 @@ SERIES = (  # private metric, title, unit
     ("clip_fraction", "Share of units whose gradient was clipped", "share of the expected draw"),
     ("kl", "KL divergence from the reference on the draws", "nats per token"),
 )
+FEW_CLIPPED = 0.2  # a smaller share of clipped gradients is worth a hint
 TWINS = {"reward": ("reward", 1.0), "accuracy": ("accuracy", 1.0), "nll": ("log_likelihood", -1.0)}  # on public records
 
 
@@ -110,7 +111,20 @@ def _stage(
         "samples": _samples(evaluation, config.evaluation.samples),
         "metrics": [m | {"shown_origin": origins[m["origin"]]} for m in newest if _meaningful(m, target)],
         "plots": _plots(stage, mine, evaluation, origins),
+        "hint": _hint(stage, mine),
     }
+
+
+def _hint(stage: AnyStage, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Where noise was made for gradients that were not there. Of released metrics."""
+    shares = [m["value"] for r in rows for m in r["metrics"] if m["name"] == "private/clip_fraction"]
+    if not shares or stage.privacy.mode == "public" or (mean := sum(shares) / len(shares)) > FEW_CLIPPED:
+        return None
+    return (
+        f"About {max(0.0, mean):.0%} of the gradients reached the clip norm {stage.privacy.clip_norm:g}: the noise is made "
+        "for longer ones than there are. A smaller clip_norm adds less of it at the same ε; so do rewards that differ "
+        "more (scorer.standardise)."
+    )
 
 
 def _unit(stage: AnyStage) -> str:
@@ -127,7 +141,8 @@ def _scored_by(stage: AnyStage) -> str | None:
     if not isinstance(stage, RLStage):
         return None
     leaves = [s for s in stage.scorer.flat() if not s.members]
-    return ", ".join(f"reward model of stage {s.stage}" if s.stage else s.model or s.function or s.kind for s in leaves)
+    names = [f"reward model of stage {s.stage}" if s.stage else s.model or s.function or s.kind for s in leaves]
+    return ", ".join(names) + (", standardised on public prompts" if stage.scorer.standardise else "")
 
 
 def _meaningful(metric: Mapping[str, Any], target: float | None) -> bool:

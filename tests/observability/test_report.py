@@ -12,6 +12,7 @@ import pytest
 from dprlhf_ray import config_file
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.evaluation.public import compare
+from dprlhf_ray.observability import report
 from dprlhf_ray.observability.metrics import MetricsLog
 from dprlhf_ray.observability.report import write_report
 from dprlhf_ray.privacy.certificate import DatasetCost, write_certificate
@@ -162,6 +163,13 @@ def test_a_certified_run_shows_its_guarantee_its_gain_and_where_each_metric_come
     assert len(rows) == len(origins) == 5
     assert origins[0] == "private data, noised" and origins[3:] == ["accounting", "public records"]
     assert page.count("<svg") == 5
+
+
+def test_noise_for_gradients_that_are_not_there_gets_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """False: a clip norm that nobody reaches, which drowns a stage in noise, looks like any other."""
+    assert "A smaller clip_norm" not in _run(tmp_path)
+    monkeypatch.setattr(report, "FEW_CLIPPED", 0.81)
+    assert "About 80% of the gradients reached the clip norm 0.1" in _run(tmp_path)
 
 
 def test_a_clip_only_run_is_shown_as_not_certified_and_shows_no_epsilon(tmp_path: Path) -> None:
