@@ -121,8 +121,8 @@ def _hint(stage: AnyStage, rows: Sequence[Mapping[str, Any]]) -> str | None:
     if not shares or stage.privacy.mode == "public" or (mean := sum(shares) / len(shares)) > FEW_CLIPPED:
         return None
     return (
-        f"About {max(0.0, mean):.0%} of the gradients reached the clip norm {stage.privacy.clip_norm:g}: the noise is made "
-        "for longer ones than there are. A smaller clip_norm adds less of it at the same ε; so do rewards that differ "
+        f"About {max(0.0, mean):.0%} of the gradients reached the clip norm {stage.privacy.clip_norm:g}: the noise is "
+        "made for longer ones than there are. A smaller clip_norm adds less of it at the same ε; so do rewards that differ "
         "more (scorer.standardise)."
     )
 
