@@ -122,7 +122,7 @@ def _hint(stage: AnyStage, rows: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     return (
         f"About {max(0.0, mean):.0%} of the gradients reached the clip norm {stage.privacy.clip_norm:g}: the noise is "
-        "made for longer ones than there are. A smaller clip_norm adds less of it at the same ε; and rewards that differ "
+        "made for longer ones than there are. A smaller clip_norm adds less of it at the same ε; rewards that differ "
         "more make gradients longer (scorer.standardise)."
     )
 
