@@ -352,15 +352,24 @@ def _plan_config(config: RunConfig) -> list[dict[str, Any]]:
         m = facts.model
         d = None if m is None else trainable_numbers(config.adapter_of(stage), m.parameters, m.linears)
         rows.append(row | expectations(stage, found, d))
-    budgets = config.budgets()
     for name, together in composed(config, plans).items():
-        known, budget = together.bound, budgets.get(name)
-        rows.append({
-            "data_set": name, "epsilon": None if known is None else known.epsilon, "delta": together.delta,
-            "why": together.reason, "budget": None if budget is None else budget.epsilon,
-            "budget_delta": None if budget is None else budget.delta,
-        })  # fmt: skip
+        known = together.bound
+        row = {"data_set": name, "epsilon_about": None if known is None else known.epsilon, "delta": together.delta}
+        rows.append(row | {"why": together.reason} | _against_budget(config, plans, name))
     return rows
+
+
+def _against_budget(config: RunConfig, plans: list[Any], name: str) -> dict[str, Any]:
+    """A data set's budget, and what the ledger will compare with it: its stages composed sequentially."""
+    from dprlhf_ray.privacy.composition import Part, sequential
+
+    budget = config.budgets().get(name)
+    if budget is None:
+        return {}
+    mine = [p for p in plans if p.dataset == name and not p.public]
+    gates = [{} if p.filter is None else {"alpha": p.filter.alpha, "rho_budget": p.filter.rho_budget} for p in mine]
+    bound = sequential([Part(p.stage, p.step, None, **gate) for p, gate in zip(mine, gates, strict=True)], budget.delta)
+    return {"budget": budget.epsilon, "budget_delta": budget.delta, "counted_against_budget": bound and bound.epsilon}
 
 
 def _print_plan(rows: list[dict[str, Any]], as_json: bool) -> None:

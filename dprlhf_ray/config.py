@@ -33,8 +33,12 @@ class Section(BaseModel):
     def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
         """true is not the number 1."""
         annotation = str(cls.model_fields[info.field_name].annotation) if info.field_name else ""
-        if isinstance(value, bool) and "bool" not in annotation:
-            raise ValueError(f"should not be {str(value).lower()}")
+        parts = value if isinstance(value, list | tuple) else [value]
+        if isinstance(value, dict):
+            parts = list(value.values()) if annotation.startswith("dict") else []  # a section checks its own
+        for part in parts if "bool" not in annotation else ():
+            if isinstance(part, bool):
+                raise ValueError(f"should not be {str(part).lower()}")
         return value
 
 
@@ -80,7 +84,7 @@ Column = Literal["prompt", "completion", "chosen", "rejected", "text", "messages
 
 
 def _plain(split: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", split):
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", split) or split.lower() == "all":
         raise ValueError(f"{split!r} is not the plain name of a split: slices and sums could overlap unseen")
     return split
 
@@ -472,7 +476,7 @@ class RLStage(Stage):
 
 def _kind(value: Any) -> str:
     """Of a stage; a stage without one is rl."""
-    return str(value.get("kind", "rl") if isinstance(value, dict) else value.kind)
+    return str(value.get("kind", "rl") if isinstance(value, dict) else getattr(value, "kind", "rl"))
 
 
 AnyStage = Annotated[
@@ -639,10 +643,11 @@ class RunConfig(Section):
         if s.start not in (None, "model", *policies):
             raise ValueError(f"stage {s.name!r}: start {s.start!r} is no earlier sft or rl stage: {policies or 'none'}")
         adjacency = s.privacy.adjacency
-        if adjacency == "add_remove" and data.rejected == "public":
+        moves_rows = adjacency == "add_remove" or (adjacency == "replace_one" and s.privacy.unit == "user")
+        if moves_rows and data.rejected == "public" and s.kind == "reward_model":
             raise ValueError(
-                f"stage {s.name!r}: rejected: public goes by a row's number, which a row less would change for all "
-                "after it: use adjacency zero_out"
+                f"stage {s.name!r}: rejected: public goes by a row's number, which a row more or less would change for "
+                "all after it: use adjacency zero_out"
             )
         if adjacency == "replace_one" and s.partition is not None:
             raise ValueError(

@@ -21,13 +21,15 @@ from dprlhf_ray.errors import ConfigError
 class _OnceEach(yaml.SafeLoader):
     """YAML in which a key that is there twice is an error: the second would silently win."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and (name := self.construct_object(key, deep)) in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {name!r} is there twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+            name = (key.tag, str(key.value))
+            if name in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return node
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -134,7 +136,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
     for part in parents:
         node = _child(node, part, key)
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _OnceEach)
     except yaml.YAMLError:
         raise ConfigError(f"--set {item!r}: the value is not valid YAML") from None
     if isinstance(value, str):

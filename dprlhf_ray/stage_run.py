@@ -17,7 +17,7 @@ from dprlhf_ray.actors.roles import ask
 from dprlhf_ray.collect import Source
 from dprlhf_ray.config import AnyStage, RunConfig
 from dprlhf_ray.data.units import StageData
-from dprlhf_ray.errors import LedgerDamaged
+from dprlhf_ray.errors import ConfigError, LedgerDamaged
 from dprlhf_ray.evaluation.public import Comparison, Evaluation, compare
 from dprlhf_ray.models.card import write_cards
 from dprlhf_ray.observability.gauges import Gauges
@@ -53,8 +53,8 @@ def run_stage(
     stage, workers = config.stages[index], config.learner.num_workers
     log, gauges = MetricsLog(here.root, config.tracking, config.name), Gauges(config.name)
     _bring_up(roles, show)
-    before = _before(here, stage, roles, source, show)
     attempt = ask(roles.accountant, "spent", plan.ledger_stage)
+    before = _before(here, stage, roles, source, attempt, show)
     rows = read_metrics(here.root)
     check_spent(stage.name, attempt, rows)
     show.begin(stage.name, attempt, stage.privacy.steps, plan.public)
@@ -172,9 +172,19 @@ def _baseline(stage: AnyStage, released: float | None, before: Evaluation | None
     return released if released is not None else before.mean
 
 
-def _before(here: RunDir, stage: AnyStage, roles: Roles, source: Source, show: RunProgress) -> Evaluation | None:
-    """Of the untrained model on public records; kept, so that a resumed run compares with the same."""
+def _before(
+    here: RunDir, stage: AnyStage, roles: Roles, source: Source, spent: int, show: RunProgress
+) -> Evaluation | None:
+    """Of the untrained model on public records; kept, so that a resumed run compares with the same.
+
+    Raises:
+        ConfigError: attempts are spent, and what the first one started from is gone.
+    """
     path = here.evaluation(stage.name)
+    if spent and not path.exists() and stage.kind == "rl":
+        raise ConfigError(
+            f"{path}: is gone, and rewards before the {spent} spent attempts cannot be had again: restore it"
+        )
     if path.exists():
         tree = read_json(path)
         kept, unit = tree["before"], tree.get("unit")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dprlhf_ray import __version__, cli
 from dprlhf_ray.privacy.budget import Declaration
@@ -112,7 +113,19 @@ def test_plan_of_a_config_knows_users_public_data_and_each_stages_own_adapter(
     assert (rl["guarantee"], rl["sampled"], rl["population"], rl["records_per_draw"]) == ("dp", "user", 100, 2)
     assert 0 < rl["certified"] <= 3.0 and rl["completions_per_step"] == pytest.approx(40)
     assert rl["trainable"] == 4 * sft["trainable"] > 0
-    assert together["data_set"] == "notes" and together["epsilon"] == rl["certified"] and together["budget"] is None
+    assert together["data_set"] == "notes" and together["epsilon_about"] == rl["certified"] and "budget" not in together
+
+
+def test_plan_compares_a_budget_with_what_the_ledger_will_count(command: Command, tmp_path: Path) -> None:
+    """False: a plan looks within its budget, composed in parallel, and the run is refused."""
+    tree = yaml.safe_load(Path("configs/human-ratings.yaml").read_text())
+    tree["data"]["pairs"]["budget"] = {"epsilon": 8.0, "delta": 1e-4}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    code, out, err = command("plan", str(path), "--json")
+    assert code == 0, err
+    together = json.loads(out)[-1]
+    assert together["budget"] == 8.0 and 7.0 < together["epsilon_about"] < 8.0 < together["counted_against_budget"]
 
 
 def test_plan_names_the_numbers_that_are_missing(command: Command) -> None:

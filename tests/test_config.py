@@ -82,11 +82,32 @@ def line_of(refused: Callable[[], Any]) -> str:
             "use adjacency zero_out, or leave partition out",
         ),
         (
-            stage({"adjacency": "add_remove", "declared_size": 900}, data="notes")
+            stage({"adjacency": "add_remove", "declared_size": 900}, data="notes", kind="reward_model")
             | {"data": {"notes": {"source": "n.jsonl", "rejected": "public", "rejected_source": "p.jsonl"}}},
-            "config: stage 'rl': rejected: public goes by a row's number, which a row less would change for all after "
-            "it: use adjacency zero_out",
+            "config: stage 'reward_model': rejected: public goes by a row's number, which a row more or less would "
+            "change for all after it: use adjacency zero_out",
         ),
+        (
+            stage({"adjacency": "replace_one", "unit": "user"}, data="notes", kind="reward_model")
+            | {
+                "data": {
+                    "notes": {
+                        "source": "n.jsonl",
+                        "unit_column": "id",
+                        "rejected": "public",
+                        "rejected_source": "p.jsonl",
+                    }
+                }
+            },
+            "config: stage 'reward_model': rejected: public goes by a row's number, which a row more or less would "
+            "change for all after it: use adjacency zero_out",
+        ),
+        (
+            tree(data={"reviews": {"source": "org/films", "split": "ALL"}}),
+            "config: data.reviews.split: 'ALL' is not the plain name of a split: slices and sums could overlap unseen",
+        ),
+        (stage(optimizer={"betas": [True, 0.9]}), "config: stages.0.optimizer.betas: should not be true"),
+        ({"stages": ["rl"]}, "config: stages.0: should be a section of keys and values (got 'rl')"),
         (
             stage(data="notes")
             | {"data": {"notes": {"source": "n.jsonl", "dataset": "open"}, "open": {"public": True}}},
@@ -157,6 +178,11 @@ def test_bad_config_files_are_one_line(tmp_path: Path) -> None:
     assert "the file is empty" in line_of(lambda: config_file.load(path))
     path.write_text("name: a\nstages: []\nname: b\n")
     assert line_of(lambda: config_file.load(path)) == f"{path}: line 3 is not valid YAML: the key 'name' is there twice"
+    path.write_text("? [a, b]\n: 1\n")
+    assert "is not valid YAML" in line_of(lambda: config_file.load(path))
+    merged = "privacy: &p {epsilon: 1.0, steps: 2}\nstages: [{privacy: {<<: *p, steps: 3}}]\n"
+    path.write_text(merged.replace("privacy: &p", "x: &p"))
+    assert line_of(lambda: config_file.load(path)).startswith(f"{path}: x: unknown key")  # and no key twice
     assert line_of(lambda: config_file.load(tmp_path)) == f"{tmp_path}: is a folder, give a YAML file"
 
 

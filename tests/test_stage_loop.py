@@ -287,6 +287,14 @@ def test_standardised_rewards_have_the_unit_of_public_prompts_and_keep_it(monkey
     assert rewards(resumed) == [-0.25, 1.5]
 
 
+def test_a_stage_that_has_spent_does_not_take_a_trained_policy_for_its_start(world: World) -> None:
+    """False: the unit of rewards, or the comparison with the start, is silently that of another policy."""
+    _run(world, 1)
+    RunDir(world.folder).evaluation("rl").unlink()
+    with pytest.raises(ConfigError, match=r"evaluation-rl\.json: is gone"):
+        _run(world, 2)
+
+
 def test_a_tokenizer_with_ids_that_the_model_lacks_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     """False: a record with such an id in its text ends the learners, and the missing attempt tells of it."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)

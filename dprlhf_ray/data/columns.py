@@ -84,7 +84,8 @@ def read_table(data: DataConfig, kinds: Iterable[Kind]) -> Table:
 
 def evaluation_data(evaluation: EvaluationConfig, like: DataConfig | None = None) -> DataConfig:
     """The public prompts of `evaluation.source` as a data set: with the length limit and chat template of `like`
-    (default: those of a data set), and its column names where the source has them and `evaluation.columns` is empty.
+    (default: those of a data set). Without `evaluation.columns`, with its column names too, if the source has all that
+    a prompt is read from under these.
 
     Raises:
         ConfigError: as `read_columns`.
@@ -93,8 +94,10 @@ def evaluation_data(evaluation: EvaluationConfig, like: DataConfig | None = None
     if like is None:
         return plain
     if not evaluation.columns and like.columns:
-        there = read_columns(plain, sorted(set(like.columns.values()))).columns
-        plain = plain.model_copy(update={"columns": {k: v for k, v in like.columns.items() if v in there}})
+        named = plain.model_copy(update={"columns": like.columns})
+        wanted = [set(layout.values()) for layout in layouts(named, "rl")]
+        there = read_columns(plain, sorted(set().union(*wanted))).columns.keys()
+        plain = named if any(columns <= there for columns in wanted) else plain
     update = {k: getattr(plain, k) for k in ("source", "split", "columns")} | {"unit_column": None, "partitions": {}}
     return like.model_copy(update=update)
 

@@ -108,9 +108,8 @@ def preflight(config: RunConfig, output: Path | None = None, available_gib: floa
     _check_sources(config)
     for stage in config.stages:
         with _at("evaluation.source"):
-            data = evaluation_data(config.evaluation, config.data[stage.data])
-            if _is_here(data.source):
-                read_table(data, ["rl"])
+            if _is_here(config.evaluation.source):
+                read_table(evaluation_data(config.evaluation, config.data[stage.data]), ["rl"])
     if config.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "tracking.wandb_project: the package wandb is not installed: pip install wandb, or leave it out"

@@ -86,7 +86,8 @@ def lineage(config: RunConfig, stage: AnyStage) -> list[AnyStage]:
 def _shown(declared: str | Sequence[str]) -> str:
     """What was declared public, without the folders of this machine."""
     values = [declared] if isinstance(declared, str) else declared
-    return ", ".join(Path(v).name if Path(v).is_absolute() else v for v in values)
+    named = [v.rpartition(" = ") for v in values]
+    return ", ".join(name + equals + (Path(v).name if v[:1] in ("/", "~", ".") else v) for name, equals, v in named)
 
 
 def _is_folder(name: str) -> bool:

@@ -118,12 +118,11 @@ def _stage(
 def _hint(stage: AnyStage, rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Where noise was made for gradients that were not there. Of released metrics."""
     shares = [m["value"] for r in rows for m in r["metrics"] if m["name"] == "private/clip_fraction"]
-    if not shares or stage.privacy.mode == "public" or (mean := sum(shares) / len(shares)) > FEW_CLIPPED:
+    if not shares or stage.privacy.mode != "dp" or (mean := sum(shares) / len(shares)) > FEW_CLIPPED:
         return None
     return (
         f"About {max(0.0, mean):.0%} of the gradients reached the clip norm {stage.privacy.clip_norm:g}: the noise is "
-        "made for longer ones than there are. A smaller clip_norm adds less of it at the same ε; rewards that differ "
-        "more make gradients longer (scorer.standardise)."
+        "made for longer ones than there are. A smaller clip_norm adds less of it at the same ε."
     )
 
 

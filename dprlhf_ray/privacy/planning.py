@@ -100,8 +100,8 @@ def plan_stage(stage: AnyStage, size: int, run_id: str | None = None, dataset: s
 def composed(config: RunConfig, plans: Sequence[StagePlan]) -> dict[str, Composition]:
     """What the stages will cost together, by private data set, at the smallest of their deltas.
 
-    Units of different partitions of one map are different; what else the ids would tell is not known yet, so that the
-    run's own figure may be smaller.
+    About: sizes of partitions follow from the ledger's key, and a smaller one has a larger q. Units of different
+    partitions of one map are different; what else the ids would tell is not known yet.
     """
     found: dict[str, Composition] = {}
     stages = [(s, p) for s, p in zip(config.stages, plans, strict=True) if not p.public]

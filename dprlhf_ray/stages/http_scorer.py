@@ -36,8 +36,9 @@ class HttpScorer:
     """POST {"prompt", "completion"} as JSON; the answer is {"reward": number}.
 
     A record is refused (None) by one of the statuses 400, 413, 414 and 422, or by an answer of another form. Silence,
-    no connection and every other status are repeated. Where they stay, a fixed public record is sent: if the endpoint
-    answers that, it was this record's own failure (None), else ScorerGone is raised.
+    no connection and every other status are repeated. Where they stay, the record is asked once more between two fixed
+    public ones: if the endpoint answers both of these and not the record, it is the record's own failure (None). If it
+    does not answer them, ScorerGone is raised. One answer would not do: the endpoint may have come back just then.
     """
 
     def __init__(self, url: str) -> None:
@@ -49,7 +50,11 @@ class HttpScorer:
 
     def _score(self, pair: tuple[str, str]) -> float | None:
         reward, reason = self._ask(pair)
-        if reason is not None and self._ask(PROBE)[1] is not None:
+        if reason is None:
+            return reward
+        before = self._ask(PROBE)[1]
+        reward, again = self._ask(pair) if before is None else (None, reason)
+        if again is not None and (before is not None or self._ask(PROBE)[1] is not None):
             raise ScorerGone(f"scorer.url: {urlsplit(self._url).hostname} gives no reward ({reason})") from None
         return reward
 

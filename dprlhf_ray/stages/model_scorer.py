@@ -89,13 +89,13 @@ class ModelScorer:
         return len(ids) if self._pad is None else min(self._longest, padded(len(ids)))
 
     def _batch(self, rows: list[list[int]], width: int) -> list[float | None]:
-        """One by one where the batch fails: whose fault it is cannot be told. On a GPU, where what
-        a record can break was checked before, a failure is the device's: the step is abandoned. A device that is gone
-        would null everybody from there on."""
+        """One by one where the batch fails: whose fault it is cannot be told. On a GPU a failure other than too little
+        memory is the device's (what a record can break was checked before), and the step is abandoned: a device that is
+        gone would null everybody from there on."""
         try:
             return list(self._forward(rows, width).tolist())
         except Exception as e:  # its text may quote a record
-            if self._device != "cpu":
+            if self._device != "cpu" and not isinstance(e, torch.OutOfMemoryError):
                 raise ScorerGone(f"scorer.model: the scorer's device failed ({type(e).__name__})") from None
             return [None] if len(rows) == 1 else [self._batch([row], width)[0] for row in rows]
 

@@ -143,6 +143,10 @@ def test_public_prompts_are_checked_before_the_run_and_may_have_other_columns(
     mine = {"mine": {"source": str(notes), "columns": {"prompt": "text"}}}
     stage, shown = {"data": "mine", "privacy": PRIVATE}, {"source": str(public)}
     assert check(tiny_model, mine, stage, evaluation=shown).populations == {"mine": 90}
+    pairs = {"mine": {"source": str(notes), "columns": {"prompt": "text", "completion": "b"}}}
+    assert check(tiny_model, pairs, stage, evaluation=shown).populations == {"mine": 90}
+    hub = {"source": "org/films"}  # not fetched before the run
+    assert check(tiny_model, mine, stage, evaluation=hub).populations == {"mine": 90}
     public.write_text('{"question": "one"}\n')
     assert line(tiny_model, mine, stage, evaluation=shown).startswith("evaluation.source: data source ")
     named = {**shown, "columns": {"prompt": "question"}}

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from dprlhf_ray import config_file
 from dprlhf_ray.config import RunConfig
+from dprlhf_ray.models.card import _shown as card_parts
 from dprlhf_ray.models.card import lineage, model_card, write_cards
 from dprlhf_ray.privacy.certificate import DatasetCost, certificate
 from dprlhf_ray.privacy.composition import Part, compose
@@ -57,6 +58,10 @@ def test_the_licence_and_name_of_a_local_base_model_are_its_own(tmp_path: Path) 
     card = ModelCard(model_card("merged", config, config.stages[0], found))
     assert card.data.license is None and card.data.base_model is None
     assert "my-base" in card.text and str(tmp_path) not in str(card)
+    assert (
+        card_parts(["films = /home/me/films.jsonl", "org/books", "~/notes.csv"])
+        == "films = films.jsonl, org/books, notes.csv"
+    )
     (base / "README.md").write_text("---\nlicense: mit\n---\n# base\n")
     assert ModelCard(model_card("merged", config, config.stages[0], found)).data.license == "mit"
 

@@ -284,7 +284,7 @@ def test_an_endpoint_gets_one_record_per_request_and_its_refusals_stay_that_reco
     found = HttpScorer(url).score([("the prompt", c) for c in completions])
     assert found == [1.0, None, 2.0, None, None, None, None, *map(float, range(20))]
     assert sorted(bodies[0]) == ["completion", "prompt"] and {b["prompt"] for b in bodies} == {"the prompt", PROBE[0]}
-    assert sum(b["completion"] == "bad" for b in bodies) == 1 and sum(b["completion"] == "raises" for b in bodies) == 3
+    assert sum(b["completion"] == "bad" for b in bodies) == 1 and sum(b["completion"] == "raises" for b in bodies) == 6
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -318,6 +318,22 @@ def test_a_record_that_a_gateway_cannot_take_is_its_own_failure(endpoint: Any, s
         return (status, b"") if body["completion"] == "breaks" else (200, b'{"reward": 0.5}')
 
     assert HttpScorer(endpoint(answer)).score([("p", "c"), ("p", "breaks"), ("p", "d")]) == [0.5, None, 0.5]
+
+
+def test_an_endpoint_that_comes_back_nulls_nobody(endpoint: Any) -> None:
+    """False: a record that takes the endpoint down for a while zeroes those that were asked meanwhile."""
+    down = 0
+
+    def answer(body: dict[str, str]) -> tuple[int, bytes]:
+        nonlocal down
+        if body["completion"] == "crash" and not down:
+            down = 1
+        if down and down <= 4:  # three tries of the record, the probe's first one: it is back at the second
+            down += 1
+            return 503, b""
+        return 200, b'{"reward": 0.5}'
+
+    assert HttpScorer(endpoint(answer)).score([("p", "crash")]) == [0.5]
 
 
 def test_a_server_that_is_gone_stops_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
