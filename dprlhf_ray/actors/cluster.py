@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dprlhf_ray.config import RunConfig
+from dprlhf_ray.errors import DprlhfError
 
 # before ray is imported: tokens for every connection, the second generation of Ray Train
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -59,17 +60,21 @@ def session(config: RunConfig) -> Iterator[str]:
         # What a full object store would map to files goes to memory too. Where there is no such folder (not Linux), Ray
         # uses the scratch folder.
         overflow = tempfile.mkdtemp(prefix="ray-", dir=SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else None
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, config.learner.num_workers),
-            include_dashboard=config.ray.dashboard,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            _system_config={"automatic_object_spilling_enabled": False},  # no private text spilled to disk
-            _temp_dir=scratch,
-            object_spilling_directory=overflow,
-            **common,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, config.learner.num_workers),
+                include_dashboard=config.ray.dashboard,
+                dashboard_host="127.0.0.1",
+                _node_ip_address="127.0.0.1",
+                _system_config={"automatic_object_spilling_enabled": False},  # no private text spilled to disk
+                _temp_dir=scratch,
+                object_spilling_directory=overflow,
+                **common,
+            )
+        except Exception as e:  # Ray raises a bare Exception; nothing private was read yet
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise DprlhfError(f"Ray did not start on this machine; is it overloaded or full? {reason}") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # how schedulers stop a job: the same as Ctrl-C
     failed = True
