@@ -24,6 +24,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 
 SHARED_MEMORY = "/dev/shm"
+START_TRIES = 3
 
 
 @contextmanager
@@ -60,21 +61,16 @@ def session(config: RunConfig) -> Iterator[str]:
         # What a full object store would map to files goes to memory too. Where there is no such folder (not Linux), Ray
         # uses the scratch folder.
         overflow = tempfile.mkdtemp(prefix="ray-", dir=SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else None
-        try:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, config.learner.num_workers),
-                include_dashboard=config.ray.dashboard,
-                dashboard_host="127.0.0.1",
-                _node_ip_address="127.0.0.1",
-                _system_config={"automatic_object_spilling_enabled": False},  # no private text spilled to disk
-                _temp_dir=scratch,
-                object_spilling_directory=overflow,
-                **common,
-            )
-        except Exception as e:  # Ray raises a bare Exception; nothing private was read yet
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
-            raise DprlhfError(f"Ray did not start on this machine; is it overloaded or full? {reason}") from None
+        _start_local(
+            num_cpus=max(os.cpu_count() or 1, config.learner.num_workers),
+            include_dashboard=config.ray.dashboard,
+            dashboard_host="127.0.0.1",
+            _node_ip_address="127.0.0.1",
+            _system_config={"automatic_object_spilling_enabled": False},  # no private text spilled to disk
+            _temp_dir=scratch,
+            object_spilling_directory=overflow,
+            **common,
+        )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # how schedulers stop a job: the same as Ctrl-C
     failed = True
@@ -87,6 +83,23 @@ def session(config: RunConfig) -> Iterator[str]:
             shutil.rmtree(overflow, ignore_errors=True)
         if scratch and not failed:
             remove_scratch(scratch)
+
+
+def _start_local(**settings: Any) -> None:
+    """Start Ray here. It gives its own processes 30 s, which a busy machine may need more than once.
+
+    Raises:
+        DprlhfError: it did not start.
+    """
+    for left in reversed(range(START_TRIES)):
+        try:
+            ray.init(address="local", **settings)
+            return
+        except Exception as e:  # a bare one; nothing private was read yet
+            ray.shutdown()
+            if not left:
+                reason = (str(e).splitlines() or [type(e).__name__])[0]
+                raise DprlhfError(f"Ray did not start on this machine; is it overloaded or full? {reason}") from None
 
 
 def remove_scratch(folder: str) -> None:
