@@ -72,7 +72,7 @@ def test_three_stages_killed_in_each_and_resumed_have_one_certificate(
         before = list(spent(root).values())
         assert before[:i] == list(STEPS.values())[:i] and 2 <= before[i] < STEPS[name] and not any(before[i + 1 :])
         assert not (root / "certificate.json").exists()
-        assert killed.survivors() == []
+        assert killed.survivors(180.0) == []  # a busy machine takes its time
     assert "Not certified yet" in (root / "models/first/merged/README.md").read_text()
 
     code, out, err = Command("run", str(config), "--output", str(root), "--resume").end(800)
