@@ -80,7 +80,7 @@ class World:
 
 def make_world(folder: Path, model: Path, records: int = RECORDS) -> World:
     marks = tuple("zq" + "".join(secrets.choice("bcdfghjkmnpqrtvwxz") for _ in range(10)) for _ in range(records))
-    rows = [f"the movie {m} was" + (f" {FAILS_ON}" if i % 20 == 0 else "") for i, m in enumerate(marks)]
+    rows = [f"the movie {m} was" + (f" {FAILS_ON}" if i % 4 == 0 else "") for i, m in enumerate(marks)]
     (folder / "private.jsonl").write_text("".join(json.dumps({"prompt": r}) + "\n" for r in rows))
     public = [f"the story {i} is one that you will like" for i in range(8)]
     (folder / "public.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in public))
