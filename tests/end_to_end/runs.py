@@ -102,7 +102,7 @@ class Command:
         )  # fmt: skip
         self.family: list[psutil.Process] = []
 
-    def wait_until(self, true: Callable[[], bool], seconds: float = 150.0) -> None:
+    def wait_until(self, true: Callable[[], bool], seconds: float = 400.0) -> None:
         """Until `true()`; AssertionError with the command's output when it ends before or takes too long."""
         deadline = time.monotonic() + seconds
         while not true():
