@@ -188,6 +188,8 @@ def _before(
     if path.exists():
         tree = read_json(path)
         kept, unit = tree["before"], tree.get("unit")
+        if stage.kind == "rl" and stage.scorer.standardise and not unit:  # else every attempt would be spent in vain
+            raise ConfigError(f"{path}: has no unit of the rewards any more: restore it")
         source.unit = None if unit is None else (unit[0], unit[1])
         return Evaluation(tuple(kept["rewards"]), tuple(kept["texts"]))
     before: Evaluation | None = persist(roles, show, source.evaluate)
