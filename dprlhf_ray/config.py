@@ -517,6 +517,13 @@ class RolloutConfig(Section):
     max_num_seqs: int = Field(128, ge=1)
     kv_cache_gib: float = Field(1.0, gt=0)
     threads: int | None = Field(None, ge=1, description="threads per engine (null: all cores of the machine)")
+    staleness: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="draws generated ahead, while learners work, so with weights older by this many versions (always "
+        "exactly so many, whatever takes how long); 0: strictly on-policy",
+    )
     sync_tolerance: float = Field(
         0.15,
         gt=0,

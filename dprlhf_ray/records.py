@@ -26,12 +26,14 @@ class Completion(Private):
     """One completion, drawn from weight version `version` (None: a response of the data, that nobody generated).
 
     token_ids: its tokens, the end-of-sequence token included when it was drawn. finished: it ended by EOS.
+    log_probs: of each token as it was drawn (nats, at the temperature of sampling); None where nobody needs them.
     """
 
     token_ids: tuple[int, ...]
     text: str
     finished: bool
     version: int | None
+    log_probs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, repr=False, init=False)

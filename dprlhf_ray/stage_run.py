@@ -6,7 +6,7 @@ The driver holds the private records in memory and passes them to the roles; it 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,11 +14,13 @@ from dprlhf_ray.actors.cluster import ray  # first: sets Ray's environment befor
 from dprlhf_ray.actors.fleet import Fleet
 from dprlhf_ray.actors.learner_group import LearnerGroup, LearnersRestarted
 from dprlhf_ray.actors.roles import ask
+from dprlhf_ray.actors.sync_check import LogProbs
 from dprlhf_ray.collect import Source
 from dprlhf_ray.config import AnyStage, RunConfig
 from dprlhf_ray.data.units import StageData
 from dprlhf_ray.errors import ConfigError, LedgerDamaged
 from dprlhf_ray.evaluation.public import Comparison, Evaluation, compare
+from dprlhf_ray.lane import Drawn, Lane
 from dprlhf_ray.models.card import write_cards
 from dprlhf_ray.observability.gauges import Gauges
 from dprlhf_ray.observability.metrics import MetricsLog, last_value, read_metrics
@@ -51,7 +53,7 @@ def run_stage(
         What the stage gained on public records (None: it has none).
     """
     stage, workers = config.stages[index], config.learner.num_workers
-    log, gauges = MetricsLog(here.root, config.tracking, config.name), Gauges(config.name)
+    log, gauges = MetricsLog(here.root, config.tracking, config.name), Gauges(config.name, _partition(plan, stage))
     _bring_up(roles, show)
     attempt = ask(roles.accountant, "spent", plan.ledger_stage)
     before = _before(here, stage, roles, source, attempt, show)
@@ -59,43 +61,57 @@ def run_stage(
     check_spent(stage.name, attempt, rows)
     show.begin(stage.name, attempt, stage.privacy.steps, plan.public)
     baseline = last_value(rows, stage.name, "private/reward")
-    while attempt < stage.privacy.steps:
-        clock = Laps()
-        try:
-            reserved = ray.get(roles.accountant.reserve.remote(plan.ledger_stage, roles.learners.incarnation))
-            attempt = reserved.attempt
-            drawn = draw(data, plan)
-            clock.lap("reserve")
-            units = source.collect(drawn)
-            clock.lap("collect")
-            baseline = _baseline(stage, baseline, before)
-            shares = [([ray.put(share)], attempt, baseline, reserved.token) for share in deal(units, workers)]
-            released = _publish(roles, "update", shares, clock)
-            if attempt % config.learner.checkpoint_every == 0 or attempt == stage.privacy.steps:
-                roles.learners.call("save", [(attempt, ask(roles.accountant, "head"))] * workers)
-            clock.lap("checkpoint")
-        except LearnersRestarted as e:
-            show.say(f"{e}; going on from the newest checkpoint")
-            _bring_up(roles, show)
-            continue
-        except ray.exceptions.ActorUnavailableError:  # the accountant's: other roles' deaths are met where they happen
-            attempt = ask(roles.accountant, "spent", plan.ledger_stage)
-            show.say(f"the accountant died and is back; {attempt} attempts are spent")
-            continue
-        baseline = next((r.value for r in released if r.name == "private/reward"), baseline)
-        if reserved.epsilon_spent is not None:
-            released.append(Released("epsilon_spent", reserved.epsilon_spent, "accounting"))
-        if config.evaluation.every and attempt % config.evaluation.every == 0:
-            now = _look(roles, source, show)
-            released += [] if now is None else [Released(f"public/{source.measure}", now.mean, "public_prompts")]
-        log.write(stage.name, attempt, released)
-        fleet = roles.fleet.status() if roles.fleet else {}
-        figures = [Operational(name, value) for name, value in fleet.items() if value is not None]
-        gauges.step(stage.name, attempt, released)
-        gauges.fleet(figures)
-        show.step(stage.name, attempt, stage.privacy.steps, plan.target, released, figures, clock.figures())
-        if on_step is not None:
-            on_step(attempt, roles)
+    ahead = config.rollout.staleness if roles.fleet is not None else 0
+    lane = Lane(lambda: _prepare(roles, plan, data, source), ahead)
+    try:
+        while attempt < stage.privacy.steps:
+            clock = Laps()
+            try:
+                lane.fill(stage.privacy.steps - attempt)
+                drawn = lane.take()
+                attempt = drawn.attempt
+                clock.lap("wait" if ahead else None)
+                baseline = _baseline(stage, baseline, before)
+                shares = [([ray.put(share)], attempt, baseline, drawn.token) for share in deal(drawn.units, workers)]
+                published = roles.learners.call("update", shares)
+                released = list(published[0])
+                clock.lap("learn")
+                synced = lane.run(lambda weights=published[1:]: _sync(roles, *weights))  # type: ignore[misc]
+                if not ahead:
+                    clock.lap("sync")
+                if attempt % config.learner.checkpoint_every == 0 or attempt == stage.privacy.steps:
+                    roles.learners.call("save", [(attempt, ask(roles.accountant, "head"))] * workers)
+                clock.lap("checkpoint")
+            except LearnersRestarted as e:
+                show.say(f"{e}; going on from the newest checkpoint")
+                attempt = _start_over(lane, roles, plan, show)
+                continue
+            except ray.exceptions.ActorUnavailableError:  # the accountant's: others' deaths are met where they happen
+                attempt = _start_over(lane, roles, plan, show)
+                show.say(f"the accountant died and is back; {attempt} attempts are spent")
+                continue
+            baseline = next((r.value for r in released if r.name == "private/reward"), baseline)
+            if drawn.epsilon_spent is not None:
+                released.append(Released("epsilon_spent", drawn.epsilon_spent, "accounting"))
+            if config.evaluation.every and attempt % config.evaluation.every == 0:
+                synced.result()
+                now = _look(roles, source, show)
+                released += [] if now is None else [Released(f"public/{source.measure}", now.mean, "public_prompts")]
+            log.write(stage.name, attempt, released)
+            laps = [*drawn.seconds, *clock.figures()]
+            fleet, learning = _figures(roles, drawn, published[1], laps)
+            gauges.step(stage.name, attempt, released)
+            gauges.operations(stage.name, fleet, learning, laps)
+            show.step(stage.name, attempt, stage.privacy.steps, plan.target, released, fleet, laps)
+            if on_step is not None:
+                on_step(attempt, roles)
+        lane.run(lambda: None).result()  # the last weights are with the fleet, and verified
+    except BaseException:
+        if roles.fleet is not None:
+            roles.fleet.interrupt()
+        raise
+    finally:
+        lane.close()
     show.end()
     log.close()
     after = _look(roles, source, show)
@@ -104,6 +120,45 @@ def run_stage(
     found = _conclude(here, stage, source, before, after, config.evaluation.samples, show)
     here.finish(stage.name, attempt, ask(roles.accountant, "head"))
     return found
+
+
+def _prepare(roles: Roles, plan: StagePlan, data: StageData, source: Source) -> Drawn:
+    """Charge one attempt, draw, collect: in this order."""
+    clock = Laps()
+    reserved = ray.get(roles.accountant.reserve.remote(plan.ledger_stage, roles.learners.incarnation))
+    drawn = draw(data, plan)
+    clock.lap("reserve")
+    units = source.collect(drawn)
+    clock.lap("collect")
+    return Drawn(reserved.attempt, reserved.token, reserved.epsilon_spent, units, clock.figures())
+
+
+def _start_over(lane: Lane, roles: Roles, plan: StagePlan, show: RunProgress) -> int:
+    """After a death: everything in flight is lost and stays spent. Returns the attempts spent."""
+    lane.clear()
+    _bring_up(roles, show)
+    return int(ask(roles.accountant, "spent", plan.ledger_stage))
+
+
+def _partition(plan: StagePlan, stage: AnyStage) -> str:
+    return plan.dataset if stage.partition is None else f"{plan.dataset}/{stage.partition}"
+
+
+def _figures(
+    roles: Roles, drawn: Drawn, version: int, laps: Sequence[Operational]
+) -> tuple[list[Operational], list[Operational]]:
+    """What the operator sees of the fleet and of the learners."""
+    seconds = next(lap.value for lap in laps if lap.name == "learn")
+    tokens = sum(len(e.prompt.token_ids) + len(c.token_ids) for u in drawn.units for e in u for c in e.completions)
+    learners = [
+        Operational("tokens_per_second", tokens / max(seconds, 1e-9)),
+        Operational("incarnations", float(roles.learners.incarnations)),
+    ]
+    if roles.fleet is None:
+        return [], learners
+    fleet = [Operational(name, value) for name, value in roles.fleet.status().items() if value is not None]
+    used = next((c.version for u in drawn.units for e in u for c in e.completions), None)
+    return fleet + ([] if used is None else [Operational("staleness", version - 1.0 - used)]), learners
 
 
 def draw(data: StageData, plan: StagePlan) -> list[Unit]:
@@ -143,24 +198,17 @@ def _look(roles: Roles, source: Source, show: RunProgress) -> Evaluation | None:
 
 def _bring_up(roles: Roles, show: RunProgress) -> None:
     """Wait for the learners, and bring every replica to the version that they start from."""
-    persist(roles, show, lambda: _publish(roles, "publish"))
+    persist(roles, show, lambda: _sync(roles, *roles.learners.call("publish")[1:]))
     show.say(
         f"learners ready: {roles.learners.info['trainable']} trainable numbers, "
         f"version {roles.learners.info['version']}"
     )
 
 
-def _publish(
-    roles: Roles, method: str, arguments: list[tuple[Any, ...]] | None = None, clock: Laps | None = None
-) -> list[Released]:
-    """Run a learner command that yields a weight version; bring every replica to it and check them."""
-    clock = clock or Laps()
-    released, version, weights, reference = roles.learners.call(method, arguments)
-    clock.lap("learn")
+def _sync(roles: Roles, version: int, weights: Any, reference: LogProbs) -> None:
+    """Bring every replica to a weight version, and check each against the learner."""
     if roles.fleet is not None:
         roles.fleet.sync(version, ray.get(weights), reference)
-        clock.lap("sync")
-    return list(released)
 
 
 def _baseline(stage: AnyStage, released: float | None, before: Evaluation | None) -> float:

@@ -6,6 +6,8 @@ The roles that need a cluster are stand-ins: here the order of the driver's call
 from __future__ import annotations
 
 import json
+import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from dprlhf_ray.actors.learner_group import LearnersRestarted
 from dprlhf_ray.config import RLStage, ScorerConfig
 from dprlhf_ray.data.sources import Records, load_public_prompts
 from dprlhf_ray.data.units import StageData
-from dprlhf_ray.errors import ConfigError, LedgerDamaged
+from dprlhf_ray.errors import ConfigError, LedgerDamaged, SyncFailed
 from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.mechanism import DPStep
@@ -32,7 +34,7 @@ from dprlhf_ray.privacy.release import Released
 from dprlhf_ray.records import Completion, Experience, Prompt
 from dprlhf_ray.run_dir import RunDir
 
-STEP = DPStep("record", "zero_out", 40, 0.5, 4.0, 1.0, 1, 6, 8.0)
+STEP = DPStep("record", "zero_out", 40, 0.5, 4.0, 1.0, 1, 12, 8.0)
 RELEASED, PUBLIC, PRIVATE = 0.375, 0.125, -0.75  # mean rewards: released with noise, of public prompts, of the draws
 
 
@@ -70,6 +72,13 @@ class World:
     tokens: list[str] = field(default_factory=list)
     baselines: list[float] = field(default_factory=list)
     incarnation: str = "learner-1"
+    incarnations: int = 1
+    staleness: int = 0
+    version: int = 0  # of the fleet
+    trained: int = 0  # of the learners
+    used: list[tuple[int, int]] = field(default_factory=list)  # version learned on, version of its completions
+    pauses: random.Random | None = None  # every call takes an arbitrary time
+    every: int = 0
     info: dict[str, int] = field(default_factory=lambda: {"trainable": 1, "version": 0})
 
     def note(self, what: str) -> None:
@@ -82,7 +91,9 @@ class World:
 
     def generate(self, prompts: list[Any], count: int) -> list[list[Completion]]:
         self.note("public" if prompts[0] == (9,) else "generate")
-        return [[Completion((7,), "public" if p == (9,) else "private", True, 0)] * count for p in prompts]
+        self.pause()
+        version = self.version
+        return [[Completion((7,), "public" if p == (9,) else "private", True, version)] * count for p in prompts]
 
     def score(self, texts: list[tuple[str, str, float]]) -> list[float]:
         return [PUBLIC if completion == "public" else PRIVATE for _, completion, _ in texts]
@@ -90,25 +101,36 @@ class World:
     def wait_ready(self) -> None:
         pass
 
-    def sync(self, *_: Any) -> None:
+    def sync(self, version: int, *_: Any) -> None:
+        self.pause()
+        self.version = version
+
+    def interrupt(self) -> None:
         pass
+
+    def pause(self) -> None:
+        if self.pauses is not None:
+            time.sleep(self.pauses.choice((0.0, 0.0, 0.002, 0.02)))
 
     def status(self) -> dict[str, float]:
         return {}
 
     def call(self, method: str, arguments: Any = None) -> Any:
         if method != "update":
-            return [], 0, {}, []
+            return [], self.trained, {}, []
         self.note("update")
+        self.pause()
         ((share,), _, baseline, token) = arguments[0]
         self.shares.append(tuple(e.prompt.slot for unit in share for e in unit))
+        self.used.append((self.trained, share[0][0].completions[0].version))
         self.tokens.append(token)
         self.baselines.append(baseline)
         if len(self.tokens) in self.die_at:
             self.incarnation = f"learner-{len(self.tokens) + 1}"
             raise LearnersRestarted("the learner group died and was restarted; the step in flight is spent")
         self.accountant.redeem(token, self.incarnation, "only")
-        return [Released("private/reward", RELEASED, "noised", 0.1)], len(self.tokens), {}, []
+        self.trained += 1
+        return [Released("private/reward", RELEASED, "noised", 0.1)], self.trained, {}, []
 
 
 def _tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
@@ -124,7 +146,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(stage_run, "ray", plain)
     monkeypatch.setattr(collect, "ray", plain)
     monkeypatch.setattr(stage_run, "ask", lambda actor, method, *a, **k: getattr(actor, method).remote(*a))
-    monkeypatch.setattr(stage_run, "Gauges", lambda name: Quiet())
+    monkeypatch.setattr(stage_run, "Gauges", lambda *names: Quiet())
     monkeypatch.setattr(stage_run, "poisson_draw", found.draw)
     return found
 
@@ -135,7 +157,8 @@ def _run(world: World, attempts: int) -> None:
     public.write_text("".join(json.dumps({"prompt": f"public {i}"}) + "\n" for i in range(4)))
     tree = {
         "data": {"notes": {"source": str(public)}},
-        "evaluation": {"source": str(public), "prompts": 4},
+        "evaluation": {"source": str(public), "prompts": 4, "every": world.every},
+        "rollout": {"staleness": world.staleness},
         "stages": [{"data": "notes", "privacy": {"epsilon": 8.0, "expected_batch": 20, "steps": STEP.steps}}],
     }
     config = config_file.parse(tree)
@@ -162,6 +185,41 @@ def test_nothing_private_is_touched_before_its_charge_is_on_disk(world: World) -
     _run(world, 3)
     private = [entry for entry in world.seen if entry[0] != "public"]
     assert private == [(what, n) for n in (1, 2, 3) for what in ("draw", "generate", "update")]
+
+
+@pytest.mark.parametrize(("staleness", "every"), [(0, 0), (1, 0), (2, 0), (1, 2)])
+def test_which_weights_answer_a_draw_goes_by_its_number_and_not_by_the_clock(
+    world: World, staleness: int, every: int
+) -> None:
+    """False: how long one record's completion takes decides which policy the others' completions come from, so that
+    clipping no longer bounds that record's influence; or a draw is made before it is paid for."""
+    world.staleness, world.every, world.pauses = staleness, every, random.Random(staleness)
+    world.die_at = (4,)
+    _run(world, 9)
+    before_death = [(v, max(0, v - staleness)) for v in range(4)]
+    after = [(v, max(3, v - staleness)) for v in range(3, 9)]
+    assert world.used == before_death + after
+    assert all(attempts >= n for n, attempts in enumerate((a for what, a in world.seen if what == "draw"), 1))
+    private = [what for what, _ in world.seen if what in ("draw", "generate")]
+    assert private == ["draw", "generate"] * (len(private) // 2)
+    learned = [tuple(sorted(s)) for s in world.shares]
+    assert learned == [d for d in world.draws if d in learned]  # a draw that was in flight at the death is lost
+    assert len(set(world.tokens)) == len(world.tokens)
+    assert world.accountant.spent("rl") == len(world.draws)
+
+
+def test_a_draw_that_failed_ends_the_run_and_so_does_a_sync_nobody_waits_for(world: World) -> None:
+    """False: with draws ahead an engine that disagrees with the learner goes unnoticed."""
+    world.staleness = 1
+
+    def disagree(version: int, *_: Any) -> None:
+        if version == 2:
+            raise SyncFailed("version 2: not the learner's")
+
+    world.sync = disagree  # type: ignore[method-assign]
+    with pytest.raises(SyncFailed, match="version 2"):
+        _run(world, 9)
+    assert world.trained == 3  # draw 3 was generated before the sync that failed; draw 4 would have come after it
 
 
 def test_everybody_who_was_drawn_takes_part_and_nobody_else(world: World) -> None:

@@ -117,10 +117,7 @@ class Learner:
         Returns:
             The metrics released with this draw (rank 0; empty elsewhere, and where none were charged).
         """
-        versions = (c.version for unit in units for e in unit for c in e.completions)
-        stale = [v for v in versions if v not in (None, self.version)]
-        if stale:
-            raise RuntimeError(f"completions of weight version {stale[0]} reached a learner at version {self.version}")
+        self._check_versions(units)
         draw = Draw(self._micro_batches(units), attempt, baseline)
         measured = self.spec.step.metric_noise_multiplier is not None
         permit: Permit | None = None
@@ -140,6 +137,18 @@ class Learner:
             self._write_and_step(value / self.spec.step.expected_batch)
         self.version += 1
         return released
+
+    def _check_versions(self, units: Sequence[Unit]) -> None:
+        """Completions are of this version, or of one that is older by no more than was agreed, and then they come with
+        the log-probabilities that weigh them."""
+        bound = self.spec.config.rollout.staleness
+        for c in (c for unit in units for e in unit for c in e.completions):
+            if c.version is None or c.version == self.version:
+                continue
+            if not 0 < self.version - c.version <= bound or c.log_probs is None:
+                raise RuntimeError(
+                    f"completions of weight version {c.version} reached a learner at version {self.version}"
+                )
 
     def _checked(self, permit: Permit) -> Permit:
         """What was charged has to be what was clipped."""

@@ -184,6 +184,7 @@ class LearnerGroup:
         self._failure: BaseException | None = None
         self._ended = threading.Event()
         self._incarnation = ""
+        self.incarnations = 0  # for the operator
         self.info: dict[str, Any] = {}
         loop_config = {"spec": spec, "mailbox": name, "namespace": namespace, "accountant": accountant}
         self._thread = threading.Thread(target=self._fit, args=(spec, loop_config), daemon=True, name="ray-train")
@@ -203,6 +204,7 @@ class LearnerGroup:
         while True:
             found = ray.get(self._mailbox.ready.remote(2.0))
             if found is not None:
+                self.incarnations += found[0] != self._incarnation
                 self._incarnation, self.info = found
                 return self.info
             self._check_alive()

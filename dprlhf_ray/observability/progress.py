@@ -30,9 +30,11 @@ class Laps:
         self._seconds: dict[str, float] = {}
         self._last = time.monotonic()
 
-    def lap(self, name: str) -> None:
+    def lap(self, name: str | None) -> None:
+        """Since the lap before; None: it is counted elsewhere."""
         now = time.monotonic()
-        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        if name is not None:
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
 
     def figures(self) -> list[Operational]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ class MicroBatch(Private):
     """U units of R records with G completions each; rows go by unit, then record, then completion.
 
     tokens (U*R*G, L), prompt_lengths (U*R*G,), responses (U*R*G, T), mask (U*R, G, T), rewards (U*R, G), finished
-    (U*R, G): 1 where a completion ended by itself, present (U, R) bool: False for a unit's padding records.
+    (U*R, G): 1 where a completion ended by itself, present (U, R) bool: False for a unit's padding records, behaviour
+    (U*R, G, T): log-probabilities of the tokens as they were drawn; None where a completion has none.
     """
 
     tokens: Tensor
@@ -33,6 +35,7 @@ class MicroBatch(Private):
     rewards: Tensor
     finished: Tensor
     present: Tensor
+    behaviour: Tensor | None = None
 
     @property
     def units(self) -> int:
@@ -53,7 +56,8 @@ class MicroBatch(Private):
         return own.sum(1) / self.present.sum(1).clamp_min(1)
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        return MicroBatch(**{k: v.to(device) for k, v in vars(self).items()})
+        moved: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in vars(self).items()}
+        return MicroBatch(**moved)
 
 
 def plan(units: Sequence[Unit], group: int, token_budget: int, max_units: int, pad_id: int) -> list[MicroBatch]:
@@ -93,6 +97,8 @@ def collate(units: Sequence[Unit], group: int, pad_id: int) -> MicroBatch:
     prompt_lengths = torch.ones(count * group, dtype=torch.long)
     mask, rewards, finished = torch.zeros(count * group, width), torch.zeros(count, group), torch.zeros(count, group)
     present = torch.zeros(len(units), records, dtype=torch.bool)
+    drawn = [c.log_probs for unit in units for e in unit for c in e.completions]
+    behaviour = None if None in drawn else torch.zeros(count * group, width)
     for u, unit in enumerate(units):
         for r, e in enumerate(unit):
             record = u * records + r
@@ -104,8 +110,14 @@ def collate(units: Sequence[Unit], group: int, pad_id: int) -> MicroBatch:
                 responses[row, : len(c)] = torch.tensor(c, dtype=torch.long)
                 prompt_lengths[row] = len(p)
                 mask[row, : len(c)] = 1.0
+                if behaviour is not None and completion.log_probs is not None:
+                    behaviour[row, : len(c)] = torch.tensor(completion.log_probs)
                 finished[record, g] = float(completion.finished)
-    return MicroBatch(tokens, prompt_lengths, responses, mask.view(count, group, width), rewards, finished, present)
+    by_group = (count, group, width)
+    return MicroBatch(
+        tokens, prompt_lengths, responses, mask.view(by_group), rewards, finished, present,
+        None if behaviour is None else behaviour.view(by_group),
+    )  # fmt: skip
 
 
 def deal(units: Sequence[Unit], ranks: int) -> list[list[Unit]]:

@@ -55,6 +55,7 @@ class RLObjective(Objective):
                 mask=batch.mask,
                 baseline=draw.baseline,
                 progress=(draw.attempt - 1) / self.stage.privacy.steps,
+                behaviour_log_probs=batch.behaviour,
                 finished=batch.finished,
             )
         )

@@ -25,12 +25,14 @@ PROMPTS = [(20 + i, 30, 40) for i in range(24)]
 NEW_TOKENS = 8
 
 
-def start(folder: Path, engine: str) -> Any:
-    rollout = RolloutConfig(engine=engine, max_model_len=64, max_num_seqs=16, kv_cache_gib=0.1, threads=1)
+def start(folder: Path, engine: str, temperature: float = 1.0, staleness: int = 0) -> Any:
+    rollout = RolloutConfig(
+        engine=engine, max_model_len=64, max_num_seqs=16, kv_cache_gib=0.1, threads=1, staleness=staleness
+    )
     return (
         ray.remote(RolloutActor)
         .options(num_cpus=0, runtime_env={"env_vars": environment(rollout)})
-        .remote(str(folder), rollout, GenerationConfig(max_new_tokens=NEW_TOKENS), "float32")
+        .remote(str(folder), rollout, GenerationConfig(max_new_tokens=NEW_TOKENS, temperature=temperature), "float32")
     )
 
 
@@ -65,7 +67,7 @@ def engine_greedy(actor: RolloutActor, prompts: list[tuple[int, ...]]) -> list[l
     engine._sampling = sampling.clone()
     engine._sampling.temperature = 0.0
     try:
-        return engine._sample(prompts)
+        return [ids for ids, _ in engine._sample(prompts)]
     finally:
         engine._sampling = sampling
 
@@ -150,3 +152,22 @@ def test_damaged_weights_are_refused_by_the_receiver() -> None:
     damaged = ObjectHandle(1, handle.names, handle.sha256, ray.put({**weights, "b": torch.tensor(1.25)}))
     with pytest.raises(SyncFailed, match="checksum"):
         transport.receive(damaged)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_log_probs_of_what_is_drawn_ahead_are_those_of_the_distribution_it_was_drawn_from(
+    tiny_model: Path, engine: str
+) -> None:
+    """False: they are of another temperature, position or token, and importance weights are wrong in silence."""
+    from transformers import AutoModelForCausalLM
+
+    actor = start(tiny_model, engine, temperature=0.7, staleness=1)
+    call(actor, "load", ObjectStoreTransport().publish(0, {}))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    assert root_mean_square(call(actor, "log_probs", SEQUENCES), model_log_probs(model)) < 1e-3  # these have none
+    for prompt, (completion,) in zip(PROMPTS, call(actor, "generate", PROMPTS, 1), strict=True):
+        tokens = torch.tensor([[*prompt, *completion.token_ids]])
+        with torch.no_grad():
+            expected = (model(tokens).logits[0, :-1] / 0.7).log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+        own = expected[len(prompt) - 1 :].tolist()
+        assert completion.log_probs == pytest.approx(own, abs=2e-3)

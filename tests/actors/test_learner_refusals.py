@@ -3,7 +3,9 @@ scale. The learner's own methods run; DeepSpeed's engine is a stand-in that can 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,9 +99,29 @@ def test_completions_of_another_weight_version_are_refused() -> None:
     def used(_: Any) -> None:
         pytest.fail("stale completions reached the DP step")
 
-    own: Any = SimpleNamespace(version=3, _micro_batches=used)
+    own = _at_version_3(0, _micro_batches=used)
     with pytest.raises(RuntimeError, match="version 2"):
         Learner.update(own, [(Experience(Prompt(0, (4,), "p"), completions, (0.1, 0.2)),)], 1, 0.0, lambda: None)
+
+
+def _at_version_3(staleness: int, **more: Any) -> Any:
+    spec = SimpleNamespace(config=SimpleNamespace(rollout=SimpleNamespace(staleness=staleness)))
+    own = SimpleNamespace(version=3, spec=spec, **more)
+    own._check_versions = partial(Learner._check_versions, own)
+    return own
+
+
+@pytest.mark.parametrize(
+    ("version", "log_probs", "fine"),
+    [(3, None, True), (2, (-0.5,), True), (2, None, False), (1, (-0.5,), False), (4, (-0.5,), False)],
+)
+def test_completions_are_at_most_as_stale_as_agreed_and_come_with_what_weighs_them(
+    version: int, log_probs: tuple[float, ...] | None, fine: bool
+) -> None:
+    """False: a learner takes what is older than the bound, or newer than itself, or cannot be weighed."""
+    unit = (Experience(Prompt(0, (4,), "p"), (Completion((5,), "x", True, version, log_probs),), (0.1,)),)
+    with contextlib.nullcontext() if fine else pytest.raises(RuntimeError, match=f"version {version}"):
+        Learner._check_versions(_at_version_3(1), [unit])
 
 
 def test_metrics_are_noised_for_their_joint_bound_and_divided_by_the_public_batch() -> None:

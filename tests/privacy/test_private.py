@@ -87,7 +87,7 @@ def test_only_released_values_reach_a_sink_of_released_values(value: Any, tmp_pa
     with pytest.raises(TypeError, match="only released values"):
         MetricsLog(tmp_path, TrackingConfig(), "t").write("rl", 1, [value])
     with pytest.raises(TypeError, match="only released values"):
-        Gauges("t").step("rl", 1, [value])
+        Gauges("t", "p").step("rl", 1, [value])
     with pytest.raises(TypeError, match="only released values"):
         RunProgress().step("rl", 1, 2, None, [value], [], [])
     assert not list(tmp_path.iterdir())
@@ -97,7 +97,7 @@ def test_only_released_values_reach_a_sink_of_released_values(value: Any, tmp_pa
 def test_only_operational_values_reach_the_operator(value: Any) -> None:
     """False: the operator's figures have a way in for anything else."""
     with pytest.raises(TypeError, match="only operational values"):
-        Gauges("t").fleet([value])
+        Gauges("t", "p").operations("rl", [value], [], [])
     for fleet, laps in (([value], []), ([], [value])):
         with pytest.raises(TypeError, match="only operational values"):
             RunProgress().step("rl", 1, 2, None, [], fleet, laps)

@@ -4,6 +4,7 @@ sits, and however many records it brings."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -183,6 +184,29 @@ def test_no_option_couples_units(algorithm: str, options: dict[str, Any], tiny_m
         objective = _objective(tiny_model, algorithm, "lora", clip_norm, **own)
         objective.algorithm = Stale(build(objective.stage.algorithm, MAX_NEW_TOKENS))
         _check(objective, _units(5, most_records=2), {0, 3})
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(0.5, 0.5), (1.25, 1.25), (5.0, 1.5)])
+def test_completions_of_older_weights_weigh_as_their_own_ratio_says(
+    ratio: float, weight: float, tiny_model: Path
+) -> None:
+    """False: log-probabilities of the policy that drew a completion do not reach the loss, those of another completion
+    do, or a weight is not capped."""
+    objective = _objective(tiny_model, "reinforce", "lora", 1e3, kl_coef=0.0, importance_cap=1.5)
+    units = _units(4)
+    own: dict[tuple[int, ...], list[float]] = {}
+    for batch in batching.plan(units, 2, 200, 64, 0):
+        with torch.no_grad():
+            scored = objective._score(objective.policy, batch).log_probs.view(-1, batch.mask.shape[-1])
+        for row, log_probs, mask in zip(batch.responses, scored, batch.mask.flatten(0, 1), strict=True):
+            own[tuple(row[mask > 0].tolist())] = log_probs[mask > 0].tolist()
+
+    def drawn(c: Completion) -> Completion:  # by a policy under which it was less likely by `ratio`
+        return replace(c, log_probs=tuple(x - math.log(ratio) for x in own[c.token_ids]))
+
+    stale = [tuple(Experience(e.prompt, tuple(map(drawn, e.completions)), e.rewards) for e in u) for u in units]
+    plain, weighted = _sum(objective, units)[0], _sum(objective, stale)[0]
+    assert (weighted - weight * plain).norm() < 1e-4 * plain.norm()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

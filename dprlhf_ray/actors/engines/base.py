@@ -16,6 +16,9 @@ STATE_BYTES = 624 * 4  # of the Mersenne twister that torch has on CPUs
 _STATE = slice(24, 24 + 624 * 8)  # where they lie in a generator's state, one 32-bit word in 64
 
 
+Sampled = tuple[list[int], tuple[float, ...] | None]  # token ids; their log-probabilities, where they are needed
+
+
 def key_generator(generator: torch.Generator, randomness: bytes) -> None:
     """Start a generator from `STATE_BYTES` random bytes: the whole state on a CPU, 63 bits of seed on a GPU (Philox).
 
@@ -79,11 +82,11 @@ class Engine(ABC):
         self._key_sampler(os.urandom(STATE_BYTES))
         drawn = self._sample([tuple(prompts[i]) for i in usable for _ in range(completions_per_prompt)])
         texts = self.tokenizer.batch_decode(
-            [[t for t in ids if t not in self.eos_token_ids] for ids in drawn], skip_special_tokens=True
+            [[t for t in ids if t not in self.eos_token_ids] for ids, _ in drawn], skip_special_tokens=True
         )
         done = [
-            Completion(tuple(ids), text, bool(ids) and ids[-1] in self.eos_token_ids, self.version)
-            for ids, text in zip(drawn, texts, strict=True)
+            Completion(tuple(ids), text, bool(ids) and ids[-1] in self.eos_token_ids, self.version, log_probs)
+            for (ids, log_probs), text in zip(drawn, texts, strict=True)
         ]
         result: list[list[Completion]] = [[] for _ in prompts]
         for n, i in enumerate(usable):
@@ -115,8 +118,9 @@ class Engine(ABC):
         """Start the generators that `_sample` draws from, as `key_generator` does."""
 
     @abstractmethod
-    def _sample(self, prompts: list[tuple[int, ...]]) -> list[list[int]]:
-        """One continuation per prompt: token ids, ending with an end-of-sequence token when one was drawn."""
+    def _sample(self, prompts: list[tuple[int, ...]]) -> list[Sampled]:
+        """One continuation per prompt: token ids, ending with an end-of-sequence token when one was drawn, and their
+        log-probabilities where `rollout.staleness` needs them."""
 
     @abstractmethod
     def _load(self, weights: Mapping[str, torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dprlhf_ray.actors.engines.base import Engine, key_generator
+from dprlhf_ray.actors.engines.base import Engine, Sampled, key_generator
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
 
 
@@ -37,23 +37,24 @@ class TransformersEngine(Engine):
     def _key_sampler(self, randomness: bytes) -> None:
         key_generator(self._generator, randomness)
 
-    def _sample(self, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    def _sample(self, prompts: list[tuple[int, ...]]) -> list[Sampled]:
         size = self.rollout.max_num_seqs
         # Neighbours in length share a batch, so that little is computed for padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        drawn: list[list[int]] = [[] for _ in prompts]
+        drawn: list[Sampled] = [([], None) for _ in prompts]
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            for i, ids in zip(batch, self._sample_batch([prompts[i] for i in batch]), strict=True):
-                drawn[i] = ids
+            for i, sampled in zip(batch, self._sample_batch([prompts[i] for i in batch]), strict=True):
+                drawn[i] = sampled
         return drawn
 
     @torch.inference_mode()
-    def _sample_batch(self, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    def _sample_batch(self, prompts: list[tuple[int, ...]]) -> list[Sampled]:
         width = max(map(len, prompts))
         tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self._device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)
         drawn: list[list[int]] = [[] for _ in prompts]
+        log_probs: list[list[float]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
         cache = None
         for _ in range(self.generation.max_new_tokens):
@@ -70,14 +71,17 @@ class TransformersEngine(Engine):
             probs = (out.logits[:, -1].float() / self.generation.temperature).softmax(-1)
             tokens = torch.multinomial(probs, 1, generator=self._generator)
             mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+            chosen = probs.gather(1, tokens).log()[:, 0].tolist()
             for row, token in enumerate(tokens[:, 0].tolist()):
                 if row in open_rows:
                     drawn[row].append(token)
+                    log_probs[row].append(chosen[row])
                     if self.generation.stop_at_eos and token in self.eos_token_ids:
                         open_rows.discard(row)
             if not open_rows:
                 break
-        return drawn
+        wanted = bool(self.rollout.staleness)
+        return [(ids, tuple(own) if wanted else None) for ids, own in zip(drawn, log_probs, strict=True)]
 
     @torch.no_grad()
     def _load(self, weights: Mapping[str, torch.Tensor]) -> None:

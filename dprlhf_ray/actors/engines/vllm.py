@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dprlhf_ray.actors.engines.base import Engine, key_generator
+from dprlhf_ray.actors.engines.base import Engine, Sampled, key_generator
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
 
 _EXTENSION = f"{__name__}.WorkerExtension"
@@ -70,6 +70,8 @@ class VllmEngine(Engine):
         if not on_gpu:
             _disable_weight_packing()
         settings: dict[str, Any] = {"dtype": dtype}
+        if rollout.staleness:  # of the distribution that is sampled from: after the temperature
+            settings["logprobs_mode"] = "processed_logprobs"
         if not on_gpu:
             settings["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)
         self._llm = LLM(
@@ -93,6 +95,7 @@ class VllmEngine(Engine):
             ignore_eos=True,  # the engine has no tokenizer: the end-of-sequence tokens are stop tokens
             stop_token_ids=sorted(self.eos_token_ids) if generation.stop_at_eos else None,
             detokenize=False,
+            logprobs=0 if rollout.staleness else None,  # 0: the drawn token's own
         )
         self._scoring = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
 
@@ -106,15 +109,22 @@ class VllmEngine(Engine):
             for ids, out in zip(sequences, outputs, strict=True)
         ]
 
-    def _sample(self, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    def _sample(self, prompts: list[tuple[int, ...]]) -> list[Sampled]:
         outputs = self._llm.generate(_as_tokens(prompts), self._sampling, use_tqdm=False)
-        return [list(out.outputs[0].token_ids) for out in outputs]
+        return [(list(one.token_ids), _log_probs(one)) for out in outputs for one in out.outputs]
 
     def _load(self, weights: Mapping[str, torch.Tensor]) -> None:
         if weights and not all(self._llm.collective_rpc("load_named_weights", args=(weights,))):
             raise ValueError("vLLM took none of the weights: are the names Hugging Face parameter names?")
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache, which holds values of the old weights")
+
+
+def _log_probs(output: Any) -> tuple[float, ...] | None:
+    """Of the drawn tokens, where vLLM was asked for them."""
+    if output.logprobs is None:
+        return None
+    return tuple(entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True))
 
 
 def _as_tokens(sequences: Sequence[Sequence[int]]) -> list[Any]:
