@@ -312,8 +312,8 @@ _CHARGE = [
         "charge first",
         "the draw comes before the charge",
         "dprlhf_ray/stage_run.py",
-        "            reserved = ray.get(",
-        "            draw(data, plan)\n            reserved = ray.get(",
+        "    reserved = ray.get(",
+        "    draw(data, plan)\n    reserved = ray.get(",
         (LOOP + "test_nothing_private_is_touched_before_its_charge_is_on_disk",),
     ),
     Fault(
@@ -328,8 +328,8 @@ _CHARGE = [
         "charge first",
         "a retry makes the same attempt again",
         "dprlhf_ray/stage_run.py",
-        "            reserved = ray.get(",
-        '            reserved = locals().get("reserved") or ray.get(',
+        "    reserved = ray.get(",
+        "    _prepare.kept = reserved = getattr(_prepare, 'kept', None) or ray.get(",
         (LOOP + "test_an_attempt_that_died_is_charged_again_with_a_new_draw_rollout_and_permit",),
     ),
     Fault(
@@ -554,9 +554,9 @@ _COUPLING = [
         "coupling",
         "the next baseline is the draw's own mean reward",
         "dprlhf_ray/stage_run.py",
-        '        baseline = next((r.value for r in released if r.name == "private/reward"), baseline)\n',
-        "        own = [r.reveal() for unit in units for e in unit for r in e.rewards if r is not None]\n"
-        "        baseline = sum(own) / max(1, len(own))\n",
+        '            baseline = next((r.value for r in released if r.name == "private/reward"), baseline)\n',
+        "            own = [r.reveal() for unit in drawn.units for e in unit for r in e.rewards if r is not None]\n"
+        "            baseline = sum(own) / max(1, len(own))\n",
         (LOOP + "test_the_baseline_is_a_released_value_never_that_of_the_draw",),
     ),
     Fault(
@@ -571,9 +571,25 @@ _COUPLING = [
         "coupling",
         "completions of another weight version are learned from",
         "dprlhf_ray/actors/learner.py",
-        "        if stale:\n",
-        "        if False:\n",
+        "            if not 0 < self.version - c.version <= bound or c.log_probs is None:\n",
+        "            if c.log_probs is None and bound:\n",
         (REFUSALS + "test_completions_of_another_weight_version_are_refused",),
+    ),
+    Fault(
+        "coupling",
+        "new weights reach the fleet as soon as they are there, in the middle of draws ahead",
+        "dprlhf_ray/stage_run.py",
+        "                synced = lane.run(lambda weights=published[1:]: _sync(roles, *weights))  # type: ignore[misc]\n",
+        "                _sync(roles, *published[1:])\n                synced = lane.run(lambda: None)\n",
+        (LOOP + "test_which_weights_answer_a_draw_goes_by_its_number_and_not_by_the_clock",),
+    ),
+    Fault(
+        "coupling",
+        "importance weights of stale completions are left out",
+        "dprlhf_ray/stages/rl.py",
+        "behaviour_log_probs=batch.behaviour",
+        "behaviour_log_probs=None",
+        (REPLAY + "test_completions_of_older_weights_weigh_as_their_own_ratio_says",),
     ),
     Fault(
         "coupling",
