@@ -5,6 +5,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
+TEST_STAMP := $(VENV)/.installed-test
 BASE_PYTHON := $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
@@ -34,13 +35,19 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 quickstart: install
 	$(VENV)/bin/dprlhf run configs/quickstart.yaml --output runs/quickstart
 
-test: install
+# What only tests need: parsers and schemas of the formats in cluster/.
+$(TEST_STAMP): requirements/test.txt $(STAMP)
+	@echo "install: packages of the tests"
+	@$(PIP) -r requirements/test.txt
+	@touch $@
+
+test: install $(TEST_STAMP)
 	$(PYTHON) -m pytest -q -m "not slow"
 
-test-all: install
+test-all: install $(TEST_STAMP)
 	$(PYTHON) -m pytest -q
 
-faults: install
+faults: install $(TEST_STAMP)
 	$(PYTHON) -m tests.broken.run
 
 lint: install

@@ -502,6 +502,9 @@ class LearnerConfig(Section):
     threads: int | None = Field(
         None, ge=1, description="torch threads per worker (null: cores of the machine / num_workers)"
     )
+    node_labels: dict[str, str] = Field(
+        default_factory=dict, description="only on nodes with these Ray labels, e.g. {dprlhf-role: learners}"
+    )
     checkpoint_every: int = Field(1, ge=1, description="steps between checkpoints")
     max_failures: int = Field(3, ge=0, description="restarts of the learner group before the run gives up")
 
@@ -513,6 +516,9 @@ class RolloutConfig(Section):
     replicas: int = Field(1, ge=1)
     tensor_parallel_size: int = Field(1, ge=1)
     gpus_per_replica: float = Field(0.0, ge=0)
+    node_labels: dict[str, str] = Field(
+        default_factory=dict, description="only on nodes with these Ray labels, e.g. {dprlhf-role: rollouts}"
+    )
     max_model_len: int = Field(512, ge=8, description="tokens of prompt and completion together")
     max_num_seqs: int = Field(128, ge=1)
     kv_cache_gib: float = Field(1.0, gt=0)

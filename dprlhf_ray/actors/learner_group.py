@@ -252,6 +252,7 @@ class LearnerGroup:
                 num_workers=learner.num_workers,
                 use_gpu=learner.use_gpu,
                 resources_per_worker={"GPU": 1} if learner.use_gpu else {"CPU": 1},
+                label_selector=learner.node_labels or None,  # type: ignore[call-arg]  # of the second generation
             ),
             torch_config=TorchConfig(backend="nccl" if learner.use_gpu else "gloo"),
             run_config=RunConfig(

@@ -232,6 +232,7 @@ class Replicas:
             "namespace": self._namespace,
             "num_cpus": 0,
             "num_gpus": self._rollout.gpus_per_replica,
+            "label_selector": self._rollout.node_labels,
             "max_restarts": 0,
             "runtime_env": {"env_vars": environment(self._rollout)},
         }
