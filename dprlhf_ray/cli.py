@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from dprlhf_ray import __version__, cli_ledger, config_file
+from dprlhf_ray import __version__, cli_job, cli_ledger, config_file, submission
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.errors import ConfigError, DprlhfError, Interrupted, place_of
 from dprlhf_ray.run_dir import check_run_dir
@@ -30,6 +30,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="The embedded model and data.", no_args_is_help=True)
 app.add_typer(cli_ledger.app, name="ledger")
 app.add_typer(data_app, name="data")
+for command in (cli_job.submit, cli_job.stop, cli_job.scale):
+    app.command()(command)
 
 Config = Annotated[Path, typer.Argument(help="YAML config, e.g. configs/quickstart.yaml")]
 Overrides = Annotated[
@@ -66,6 +68,8 @@ def run(
     damaged or fenced, 130 interrupted.
     """
     parsed = config_file.load(config, overrides)
+    if submission.IN_JOB in os.environ:
+        submission.check_paths(config_file.tree(config, overrides), output)
     folder = output or Path("runs") / parsed.name
     from dprlhf_ray.data.preflight import preflight
 

@@ -38,24 +38,29 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         ConfigError: one line that names the key, what is wrong and what would be right.
     """
+    return parse(tree(path, overrides), str(path))
+
+
+def tree(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A config as it is written, with its overrides, unchecked. Raises ConfigError where it is no mapping."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: {'is a folder, give a YAML file' if path.is_dir() else 'no such config file'}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
+        found = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         reason = str(getattr(e, "problem", None) or e).splitlines()[0]
         raise ConfigError(f"{path}:{where} is not valid YAML: {reason}") from None
-    if tree is None:
+    if found is None:
         raise ConfigError(f"{path}: the file is empty: a config has at least `stages`")
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, not {type(tree).__name__}")
-    tree = _apart(tree)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, not {type(found).__name__}")
+    found = _apart(found)
     for item in overrides or []:
-        _override(tree, item)
-    return parse(tree, str(path))
+        _override(found, item)
+    return dict(found)
 
 
 def parse(tree: dict[str, Any], where: str = "config") -> RunConfig:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dprlhf_ray.actors.cluster import ray, session  # first: sets Ray's environment before ray is imported
+from dprlhf_ray.actors.control import Control
 from dprlhf_ray.actors.fleet import Fleet
 from dprlhf_ray.actors.learner import CHECK_SEQUENCES, LearnerSpec
 from dprlhf_ray.actors.learner_group import LearnerGroup
@@ -116,19 +117,22 @@ def _roles(
     learners = LearnerGroup(
         LearnerSpec(config, index, plan.step, str(here.root), sequences, str(start)), namespace, "accountant"
     )
-    roles = Roles(accountant, learners)
+    roles, control = Roles(accountant, learners), None
     try:
         if stage.kind == "rl":
             roles.fleet = Fleet(
                 str(start), config.rollout, stage.generation, config.model.dtype, sequences[:CHECK_SEQUENCES],
                 namespace=namespace,
             )  # fmt: skip
-            roles.fleet.start(config.rollout.replicas)
+            control = Control(here.root, roles.fleet)
+            control.start(config.rollout.replicas)
             trained = {s.name: here.model(s.name) / "merged" for s in config.stages if s.kind == "reward_model"}
             roles.scorer = start_scorer(stage, trained, namespace)
         yield roles
     finally:
         learners.stop()
+        if control is not None:
+            control.stop()
         if roles.fleet is not None:
             roles.fleet.stop()
         if roles.scorer is not None:

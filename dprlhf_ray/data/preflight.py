@@ -87,7 +87,7 @@ def preflight(config: RunConfig, output: Path | None = None, available_gib: floa
         _check_model(config, model)
     available = memory_gib() if available_gib is None else available_gib
     needed = None if model is None else _memory_needed(config, model)
-    if config.ray.address is None and needed is not None and needed > available:
+    if config.ray.address is None and not os.environ.get("RAY_ADDRESS") and needed is not None and needed > available:
         raise ConfigError(
             f"model.name: {config.model.name} does not fit this machine: about {needed:.1f} GiB are needed for "
             f"{config.learner.num_workers} learner and {config.rollout.replicas} rollout processes, there are "

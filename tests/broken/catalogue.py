@@ -579,8 +579,8 @@ _COUPLING = [
         "coupling",
         "new weights reach the fleet as soon as they are there, in the middle of draws ahead",
         "dprlhf_ray/stage_run.py",
-        "                synced = lane.run(lambda weights=published[1:]: _sync(roles, *weights))  # type: ignore[misc]\n",
-        "                _sync(roles, *published[1:])\n                synced = lane.run(lambda: None)\n",
+        "lane.run(lambda weights=published[1:]: _sync(roles, *weights))",
+        "lane.run(lambda done=_sync(roles, *published[1:]): done)",
         (LOOP + "test_which_weights_answer_a_draw_goes_by_its_number_and_not_by_the_clock",),
     ),
     Fault(
