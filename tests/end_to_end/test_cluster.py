@@ -19,7 +19,7 @@ from dprlhf_ray.privacy.ledger import Ledger
 from tests.end_to_end.runs import Command, World, attempts, forms, leaks, write_config
 
 pytestmark = pytest.mark.timeout(900)
-STEPS = 80
+STEPS = 50
 ACTORS = """
 import json, sys
 from ray.util.state import list_actors
