@@ -34,6 +34,7 @@ from dprlhf_ray.run_dir import RunDir, open_run_dir, read_json
 from dprlhf_ray.stage_run import Roles, check_spent, run_stage
 from dprlhf_ray.stages.build import start_folder
 
+SEQUENCE_TOKENS = 32
 PUBLIC_SEQUENCES = 64  # public texts that learners know: for the check after each sync, and for scales and directions
 MEASURES = {"sft": "log_likelihood", "reward_model": "accuracy"}
 
@@ -110,8 +111,7 @@ def _roles(
 ) -> Iterator[Roles]:
     """Start a stage's roles (they come up side by side) and end them."""
     stage = config.stages[index]
-    public = load_public_prompts(config.evaluation, tokenizer, None, 0, config.data[stage.data])[:PUBLIC_SEQUENCES]
-    sequences = tuple(p.token_ids[:32] for p in public)
+    sequences = public_sequences(config, stage, tokenizer)
     earlier = config.start_of(stage)
     start = here.model(earlier) / start_folder(config.model.dtype) if earlier else resolve_model(config.model.name)
     learners = LearnerGroup(
@@ -137,6 +137,14 @@ def _roles(
             roles.fleet.stop()
         if roles.scorer is not None:
             ray.kill(roles.scorer)
+
+
+def public_sequences(config: RunConfig, stage: AnyStage, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+    """Beginnings of public prompts, so that a prompt longer than the stage takes is one too."""
+    data = config.data[stage.data]
+    longest = min(SEQUENCE_TOKENS, data.max_prompt_tokens)
+    public = load_public_prompts(config.evaluation, tokenizer, longest, 0, data)
+    return tuple(p.token_ids for p in public[:PUBLIC_SEQUENCES])
 
 
 def _source(config: RunConfig, stage: AnyStage, roles: Roles, tokenizer: Any) -> Source:

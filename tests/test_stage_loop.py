@@ -364,3 +364,20 @@ def test_a_tokenizer_with_ids_that_the_model_lacks_is_refused(tiny_model: Path, 
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"^model\.name: the tokenizer of .* resize them"):
         pipeline._tokenizer(config)
+
+
+def test_long_public_texts_serve_a_stage_with_short_prompts(tiny_model: Path, tmp_path: Path) -> None:
+    """False: a stage whose prompts are short has nothing to compare engines with, and does not start."""
+    public = tmp_path / "public.jsonl"
+    public.write_text(
+        "".join(json.dumps({"prompt": f"text {i} " + "that goes on and on " * 50}) + "\n" for i in range(3))
+    )
+    tree = {
+        "data": {"notes": {"source": str(public), "max_prompt_tokens": 8}},
+        "evaluation": {"source": str(public), "prompts": 3},
+        "stages": [{"data": "notes", "privacy": {"epsilon": 8.0}}],
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = config_file.parse(tree)
+    found = pipeline.public_sequences(config, config.stages[0], tokenizer)
+    assert [len(s) for s in found] == [8, 8, 8]
