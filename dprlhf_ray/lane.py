@@ -8,7 +8,6 @@ would let the length of one record's completion decide which weights answer anot
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import TypeVar
 
 import ray
 
+from dprlhf_ray.actors.learner_group import LearnersRestarted
 from dprlhf_ray.privacy.private import Private
 from dprlhf_ray.privacy.release import Operational
 from dprlhf_ray.records import Unit
@@ -47,14 +47,16 @@ class Lane:
     """
 
     def __init__(self, prepare: Callable[[], Drawn], ahead: int) -> None:
-        self._prepare, self._ahead = prepare, ahead
+        self._prepare, self.ahead = prepare, ahead
         self._pool = ThreadPoolExecutor(1, "rollouts") if ahead else None
         self._draws: deque[Future[Drawn]] = deque()
+        self.asked = 0  # draws, since the start or the last `clear`
         self._failure: BaseException | None = None
 
     def fill(self, left: int) -> None:
         """Ask for the draws that are still missing, at most `left` in all."""
-        while len(self._draws) < min(left, 1 + self._ahead):
+        while len(self._draws) < min(left, 1 + self.ahead):
+            self.asked += 1
             self._draws.append(self.run(self._prepare))
 
     def take(self) -> Drawn:
@@ -80,19 +82,19 @@ class Lane:
         return done
 
     def clear(self) -> None:
-        """Throw away what is under way: its charges stay spent. Waits for the job that runs.
+        """Throw away what is under way: its charges stay spent. Waits for what runs or cannot be taken back.
 
         Raises:
             DprlhfError: what ended the lane, where that was no death of an actor.
         """
         for draw in self._draws:
             draw.cancel()
-        for draw in self._draws:
-            if not draw.cancelled():
-                with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError):
-                    draw.result()
+        if self._pool is not None:
+            self._pool.submit(lambda: None).result()  # after all syncs: none of them comes later
         self._draws.clear()
-        self._failure = None
+        failure, self._failure, self.asked = self._failure, None, 0
+        if failure is not None and not isinstance(failure, ray.exceptions.RayError | LearnersRestarted):
+            raise failure
 
     def close(self) -> None:
         """Nothing more is begun; waits for the job that runs, which must not outlive the cluster it talks to."""

@@ -140,11 +140,11 @@ def _roles(
 
 
 def public_sequences(config: RunConfig, stage: AnyStage, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """Beginnings of public prompts, so that a prompt longer than the stage takes is one too."""
+    """Beginnings of public prompts, so that a longer one than the stage takes serves too (a template stays whole)."""
     data = config.data[stage.data]
-    longest = min(SEQUENCE_TOKENS, data.max_prompt_tokens)
+    longest = None if data.chat_template else min(SEQUENCE_TOKENS, data.max_prompt_tokens)
     public = load_public_prompts(config.evaluation, tokenizer, longest, 0, data)
-    return tuple(p.token_ids for p in public[:PUBLIC_SEQUENCES])
+    return tuple(p.token_ids[:SEQUENCE_TOKENS] for p in public[:PUBLIC_SEQUENCES])
 
 
 def _source(config: RunConfig, stage: AnyStage, roles: Roles, tokenizer: Any) -> Source:

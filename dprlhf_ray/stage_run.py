@@ -6,7 +6,7 @@ The driver holds the private records in memory and passes them to the roles; it 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ def run_stage(
     check_spent(stage.name, attempt, rows)
     show.begin(stage.name, attempt, stage.privacy.steps, plan.public)
     baseline = last_value(rows, stage.name, "private/reward")
-    ahead = config.rollout.staleness if roles.fleet is not None else 0
+    begun, ahead = attempt, config.rollout.staleness if roles.fleet is not None else 0
     lane = Lane(lambda: _prepare(roles, plan, data, source), ahead)
     try:
         while attempt < stage.privacy.steps:
@@ -73,10 +73,9 @@ def run_stage(
                 clock.lap("wait" if ahead else None)
                 baseline = _baseline(stage, baseline, before)
                 shares = [([ray.put(share)], attempt, baseline, drawn.token) for share in deal(drawn.units, workers)]
-                published = roles.learners.call("update", shares)
-                released = list(published[0])
+                released, *weights = _update(roles, shares)
                 clock.lap("learn")
-                synced = lane.run(lambda weights=published[1:]: _sync(roles, *weights))  # type: ignore[misc]
+                synced = lane.run(lambda weights=weights: _sync(roles, *weights))  # type: ignore[misc]
                 if not ahead:
                     clock.lap("sync")
                 if attempt % config.learner.checkpoint_every == 0 or attempt == stage.privacy.steps:
@@ -84,10 +83,10 @@ def run_stage(
                 clock.lap("checkpoint")
             except LearnersRestarted as e:
                 show.say(f"{e}; going on from the newest checkpoint")
-                attempt = _start_over(lane, roles, plan, show)
+                begun = attempt = _start_over(lane, roles, plan, show, begun + lane.asked)
                 continue
             except ray.exceptions.ActorUnavailableError:  # the accountant's: others' deaths are met where they happen
-                attempt = _start_over(lane, roles, plan, show)
+                begun = attempt = _start_over(lane, roles, plan, show, begun + lane.asked)
                 show.say(f"the accountant died and is back; {attempt} attempts are spent")
                 continue
             baseline = next((r.value for r in released if r.name == "private/reward"), baseline)
@@ -99,7 +98,7 @@ def run_stage(
                 released += [] if now is None else [Released(f"public/{source.measure}", now.mean, "public_prompts")]
             log.write(stage.name, attempt, released)
             laps = [*drawn.seconds, *clock.figures()]
-            fleet, learning = _figures(roles, drawn, published[1], laps)
+            fleet, learning = _figures(roles, drawn, weights[0])
             gauges.step(stage.name, attempt, released)
             gauges.operations(stage.name, fleet, learning, laps)
             show.step(stage.name, attempt, stage.privacy.steps, plan.target, released, fleet, laps)
@@ -133,27 +132,40 @@ def _prepare(roles: Roles, plan: StagePlan, data: StageData, source: Source) -> 
     return Drawn(reserved.attempt, reserved.token, reserved.epsilon_spent, units, clock.figures())
 
 
-def _start_over(lane: Lane, roles: Roles, plan: StagePlan, show: RunProgress) -> int:
-    """After a death: everything in flight is lost and stays spent. Returns the attempts spent."""
+def _start_over(lane: Lane, roles: Roles, plan: StagePlan, show: RunProgress, asked: int) -> int:
+    """After a death: everything that was asked for is lost. Returns the attempts spent.
+
+    Draws ahead that were not begun are charged too: how many were is a matter of how long private completions took.
+    """
+    ahead = lane.ahead
     lane.clear()
     _bring_up(roles, show)
-    return int(ask(roles.accountant, "spent", plan.ledger_stage))
+    spent = int(ask(roles.accountant, "spent", plan.ledger_stage))
+    while ahead and spent < asked:
+        spent = ray.get(roles.accountant.reserve.remote(plan.ledger_stage, roles.learners.incarnation)).attempt
+    return spent
+
+
+def _update(roles: Roles, shares: list[tuple[Any, ...]] | None) -> tuple[list[Released], int, Any, LogProbs]:
+    """One update (None: none, only the present weights): what was released, and the version with its weights.
+
+    Raises:
+        LearnersRestarted: they died, or died before their weights could be fetched.
+    """
+    released, version, weights, reference = roles.learners.call("publish" if shares is None else "update", shares)
+    try:
+        return list(released), version, ray.get(weights), reference
+    except ray.exceptions.ObjectLostError:
+        raise LearnersRestarted("the learner group died before its new weights were fetched") from None
 
 
 def _partition(plan: StagePlan, stage: AnyStage) -> str:
     return plan.dataset if stage.partition is None else f"{plan.dataset}/{stage.partition}"
 
 
-def _figures(
-    roles: Roles, drawn: Drawn, version: int, laps: Sequence[Operational]
-) -> tuple[list[Operational], list[Operational]]:
+def _figures(roles: Roles, drawn: Drawn, version: int) -> tuple[list[Operational], list[Operational]]:
     """What the operator sees of the fleet and of the learners."""
-    seconds = next(lap.value for lap in laps if lap.name == "learn")
-    tokens = sum(len(e.prompt.token_ids) + len(c.token_ids) for u in drawn.units for e in u for c in e.completions)
-    learners = [
-        Operational("tokens_per_second", tokens / max(seconds, 1e-9)),
-        Operational("incarnations", float(roles.learners.incarnations)),
-    ]
+    learners = [Operational("incarnations", float(roles.learners.incarnations))]
     if roles.fleet is None:
         return [], learners
     fleet = [Operational(name, value) for name, value in roles.fleet.status().items() if value is not None]
@@ -198,7 +210,7 @@ def _look(roles: Roles, source: Source, show: RunProgress) -> Evaluation | None:
 
 def _bring_up(roles: Roles, show: RunProgress) -> None:
     """Wait for the learners, and bring every replica to the version that they start from."""
-    persist(roles, show, lambda: _sync(roles, *roles.learners.call("publish")[1:]))
+    persist(roles, show, lambda: _sync(roles, *_update(roles, None)[1:]))
     show.say(
         f"learners ready: {roles.learners.info['trainable']} trainable numbers, "
         f"version {roles.learners.info['version']}"
@@ -208,7 +220,7 @@ def _bring_up(roles: Roles, show: RunProgress) -> None:
 def _sync(roles: Roles, version: int, weights: Any, reference: LogProbs) -> None:
     """Bring every replica to a weight version, and check each against the learner."""
     if roles.fleet is not None:
-        roles.fleet.sync(version, ray.get(weights), reference)
+        roles.fleet.sync(version, weights, reference)
 
 
 def _baseline(stage: AnyStage, released: float | None, before: Evaluation | None) -> float:

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 from dprlhf_ray import config_file
 from dprlhf_ray.config import RLStage, RunConfig
 from dprlhf_ray.data.columns import SUFFIXES
@@ -70,12 +72,22 @@ def _paths(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
         found += [(f"data.{name}.{key}", (data or {}).get(key)) for key in ("source", "rejected_source")]
     found += [("model.name", (tree.get("model") or {}).get("name"))]
     for i, stage in enumerate(tree.get("stages") or []):
-        found += [(f"stages.{i}.scorer.model", ((stage or {}).get("scorer") or {}).get("model"))]
+        found += _scorer_models((stage or {}).get("scorer"), f"stages.{i}.scorer")
     for key, value in found:
         if isinstance(value, str) and not value.startswith("embedded"):
             folder = key.endswith(("model", "name"))
-            if looks_local(value) if folder else (value.endswith(SUFFIXES) or value.startswith((".", "/", "~"))):
+            here = looks_local(value) or Path(value).expanduser().exists()
+            if here if folder else (value.endswith(SUFFIXES) or value.startswith((".", "/", "~"))):
                 yield key, value
+
+
+def _scorer_models(scorer: Any, key: str) -> list[tuple[str, Any]]:
+    """Of a scorer and, if it is an ensemble, of its members."""
+    if not isinstance(scorer, dict):
+        return []
+    members = scorer.get("members") or []
+    inner = [m for i, member in enumerate(members) for m in _scorer_models(member, f"{key}.members.{i}")]
+    return [(f"{key}.model", scorer.get("model")), *inner]
 
 
 def modules(config: RunConfig) -> list[Path]:
@@ -113,6 +125,8 @@ def _working_directory_first() -> Iterator[None]:
 def _installed(path: Path) -> bool:
     """Part of an installation, which the cluster's nodes have too."""
     ours = Path(__file__).parent
+    if str(path) in ("built-in", "frozen"):
+        return True
     roots = [ours, *(Path(p) for p in {*sysconfig.get_paths().values()})]
     return any(path.resolve().is_relative_to(root.resolve()) for root in roots if root != Path(sys.prefix))
 
@@ -121,14 +135,17 @@ def pack(config: RunConfig, folder: Path) -> None:
     """Write what travels: the resolved config, and the code of `python` scorers, without what lies beside it."""
     write_atomically(folder / "config.yaml", config_file.dump(config))
     for path in modules(config):
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, ignore=_only_code)
-        else:
-            shutil.copy(path, folder / path.name)
+        for source in [path] if path.is_file() else _code(path):
+            target = folder / source.relative_to(path.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
 
 
-def _only_code(folder: str, names: list[str]) -> set[str]:
-    return {n for n in names if n == "__pycache__" or not (n.endswith(".py") or os.path.isdir(os.path.join(folder, n)))}
+def _code(package: Path) -> Iterator[Path]:
+    """Python files of a package: no links, nothing hidden, no folder without code."""
+    for root, folders, files in os.walk(package, followlinks=False):
+        folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
+        yield from (p for f in files if f.endswith(".py") and not (p := Path(root, f)).is_symlink())
 
 
 def client(address: str) -> Any:
@@ -142,6 +159,11 @@ def client(address: str) -> Any:
     for chatty in ("ray.dashboard.modules", "ray._private.runtime_env"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     job_submission = importlib.import_module(f"{ray.__name__}.job_submission")
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(f"--address {address}: write the dashboard's address, with http://; it is not Ray's own port")
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        if os.environ.get(variable, address) != address:
+            raise ConfigError(f"--address: {variable} is set and would win over it: unset it")
     try:
         return job_submission.JobSubmissionClient(address)
     except Exception as e:  # ConnectionError, RuntimeError with the server's answer, ValueError of a bad address
@@ -204,7 +226,7 @@ def follow(server: Any, job: str, show: Callable[[str], None]) -> Ended:
             if info.status.is_terminal():
                 code = 130 if info.status == "STOPPED" else info.driver_exit_code
                 return Ended(str(info.status), (0 if info.status == "SUCCEEDED" else 1) if code is None else int(code))
-        except (OSError, RuntimeError) as e:  # requests' and aiohttp's errors are OSErrors or RuntimeErrors of Ray
+        except (OSError, RuntimeError, aiohttp.ClientError) as e:  # requests' errors are OSErrors
             lost = lost or time.monotonic()
             if time.monotonic() - lost > _PATIENCE:
                 raise DprlhfError(f"job {job}: the job server is gone; the job may go on ({place_of(e)})") from None

@@ -34,6 +34,7 @@ def _tree(**changes: Any) -> dict[str, Any]:
         ({"model": {"name": "./model"}}, r"model\.name"),
         ({"ledger": "ledger.db"}, "ledger: "),
         ({"stages": [{"scorer": {"kind": "reward_model", "model": "../rm"}}]}, r"stages\.0\.scorer\.model"),
+        ({"stages": [{"scorer": {"members": [{}, {"model": "./rm"}]}}]}, r"stages\.0\.scorer\.members\.1\.model"),
     ],
 )
 def test_in_a_job_every_path_is_absolute(change: dict[str, Any], key: str) -> None:

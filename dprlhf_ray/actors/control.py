@@ -5,6 +5,7 @@ A file and no actor: it needs no address or token of a cluster, only the run dir
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -16,6 +17,7 @@ from dprlhf_ray.run_dir import read_json, write_atomically
 
 REQUEST, ANSWER = "scale.json", ".fleet.json"  # the operator's, the driver's: operational, nothing private
 PERIOD = 0.5  # seconds
+MOST = 4096  # replicas
 
 
 def ask_for(run_dir: Path, rollouts: int, wait: float) -> dict[str, Any] | None:
@@ -52,12 +54,14 @@ class Control:
     def stop(self) -> None:
         """Watch no more."""
         self._ended.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _watch(self) -> None:
         while not self._ended.wait(PERIOD):
             if (request := self._request()) is not None and request["asked"] != self._done:
-                self._follow(request)
+                with contextlib.suppress(OSError):  # a full disk: the answer waits
+                    self._follow(request)
 
     def _follow(self, request: dict[str, int]) -> None:
         self._fleet.resize(request["rollouts"])
@@ -70,6 +74,6 @@ class Control:
         """None: nobody asked, or what is there is no request."""
         try:
             found = read_json(self._run_dir / REQUEST)
-            return {"rollouts": max(1, int(found["rollouts"])), "asked": int(found["asked"])}
-        except (OSError, ValueError, KeyError, TypeError):
+            return {"rollouts": min(max(1, int(found["rollouts"])), MOST), "asked": int(found["asked"])}
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None

@@ -65,7 +65,6 @@ class Fleet:
         self._published: Published | None = None
         self._tokens_per_second = 0.0
         self._sync_seconds = 0.0
-        self._waiting = 0
         self._ending = threading.Event()
 
     # ------------------------------------------------------------------------------------------------ the fleet's size
@@ -106,7 +105,6 @@ class Fleet:
             "version": self._published.handle.version if self._published else None,
             "tokens_per_second": self._tokens_per_second,
             "sync_seconds": self._sync_seconds,
-            "waiting": self._waiting,
         }
 
     # -------------------------------------------------------------------------------------------------------- weights
@@ -151,7 +149,6 @@ class Fleet:
             while waiting or running:
                 if self._ending.is_set():
                     raise RolloutFailed("the fleet was ended under the call")
-                self._waiting = sum(map(len, waiting))
                 self._replicas.reconcile(busy=running.keys())
                 self._replicas.admit()
                 for replica in self._replicas.serving():
@@ -166,7 +163,6 @@ class Fleet:
                     self._replicas.wait_for_one()
                     continue
                 self._collect(running, waiting, results)
-            self._waiting = 0
             done = [r for r in results if r is not None]
             if len(done) != len(prompts):
                 raise RolloutFailed(f"{len(prompts) - len(done)} of {len(prompts)} records came back without an answer")

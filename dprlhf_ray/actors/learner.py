@@ -143,9 +143,9 @@ class Learner:
         the log-probabilities that weigh them."""
         bound = self.spec.config.rollout.staleness
         for c in (c for unit in units for e in unit for c in e.completions):
-            if c.version is None or c.version == self.version:
+            if c.version is None:
                 continue
-            if not 0 < self.version - c.version <= bound or c.log_probs is None:
+            if not 0 <= self.version - c.version <= bound or (bound and c.log_probs is None):
                 raise RuntimeError(
                     f"completions of weight version {c.version} reached a learner at version {self.version}"
                 )

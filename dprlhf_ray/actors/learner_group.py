@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dprlhf_ray.actors.learner import LearnerSpec
 from dprlhf_ray.errors import DprlhfError, place_of
@@ -176,11 +177,10 @@ class LearnerGroup:
     def __init__(self, spec: LearnerSpec, namespace: str, accountant: str) -> None:
         self.world = spec.config.learner.num_workers
         name = f"learner-mailbox-{spec.config.stages[spec.stage_index].name}"
-        self._mailbox: Any = (
-            ray.remote(Mailbox)
-            .options(name=name, namespace=namespace, num_cpus=0, max_concurrency=64 + 4 * self.world)
-            .remote()
-        )
+        # On the driver's node: another one may die, and with it what only the mailbox knows.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 64 + 4 * self.world, "scheduling_strategy": here}
+        self._mailbox: Any = ray.remote(Mailbox).options(name=name, namespace=namespace, **options).remote()
         self._failure: BaseException | None = None
         self._ended = threading.Event()
         self._incarnation = ""

@@ -33,7 +33,7 @@ class Gauges:
         self._rollout = Gauge(
             "dprlhf_rollout", "fleet: replicas, tokens/s, staleness, sync seconds ...", tag_keys=("run", "figure")
         )
-        self._learner = Gauge("dprlhf_learner", "learners: tokens/s, incarnations", tag_keys=("run", "figure"))
+        self._learner = Gauge("dprlhf_learner", "learners: incarnations", tag_keys=("run", "figure"))
         self._phase = Gauge("dprlhf_phase_seconds", "parts of the last step", tag_keys=("run", "stage", "phase"))
 
     def step(self, stage: str, attempt: int, released: Sequence[Released]) -> None:

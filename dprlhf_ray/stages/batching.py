@@ -25,7 +25,7 @@ class MicroBatch(Private):
 
     tokens (U*R*G, L), prompt_lengths (U*R*G,), responses (U*R*G, T), mask (U*R, G, T), rewards (U*R, G), finished
     (U*R, G): 1 where a completion ended by itself, present (U, R) bool: False for a unit's padding records, behaviour
-    (U*R, G, T): log-probabilities of the tokens as they were drawn; None where a completion has none.
+    (U*R, G, T): log-probabilities of the tokens as they were drawn, NaN where there are none; None: there are none.
     """
 
     tokens: Tensor
@@ -97,8 +97,8 @@ def collate(units: Sequence[Unit], group: int, pad_id: int) -> MicroBatch:
     prompt_lengths = torch.ones(count * group, dtype=torch.long)
     mask, rewards, finished = torch.zeros(count * group, width), torch.zeros(count, group), torch.zeros(count, group)
     present = torch.zeros(len(units), records, dtype=torch.bool)
-    drawn = [c.log_probs for unit in units for e in unit for c in e.completions]
-    behaviour = None if None in drawn else torch.zeros(count * group, width)
+    drawn = any(c.log_probs is not None for unit in units for e in unit for c in e.completions)
+    behaviour = torch.full((count * group, width), float("nan")) if drawn else None
     for u, unit in enumerate(units):
         for r, e in enumerate(unit):
             record = u * records + r

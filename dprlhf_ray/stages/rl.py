@@ -19,6 +19,11 @@ from dprlhf_ray.stages.metrics import Metrics
 from dprlhf_ray.stages.objective import Draw, Objective
 
 
+def _known(behaviour: Tensor | None, old_log_probs: Tensor) -> Tensor | None:
+    """A token whose log-probability nobody knows has weight 1: whether one is known is a record's own matter."""
+    return None if behaviour is None else torch.where(behaviour.isnan(), old_log_probs, behaviour)
+
+
 class RLObjective(Objective):
     """The configured algorithm.
 
@@ -55,7 +60,7 @@ class RLObjective(Objective):
                 mask=batch.mask,
                 baseline=draw.baseline,
                 progress=(draw.attempt - 1) / self.stage.privacy.steps,
-                behaviour_log_probs=batch.behaviour,
+                behaviour_log_probs=_known(batch.behaviour, old_log_probs),
                 finished=batch.finished,
             )
         )

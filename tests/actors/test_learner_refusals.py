@@ -113,13 +113,21 @@ def _at_version_3(staleness: int, **more: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("version", "log_probs", "fine"),
-    [(3, None, True), (2, (-0.5,), True), (2, None, False), (1, (-0.5,), False), (4, (-0.5,), False)],
+    [
+        (3, (-0.5,), True),
+        (3, None, False),
+        (2, (-0.5,), True),
+        (2, None, False),
+        (1, (-0.5,), False),
+        (4, (-0.5,), False),
+    ],
 )
 def test_completions_are_at_most_as_stale_as_agreed_and_come_with_what_weighs_them(
-    version: int, log_probs: tuple[float, ...] | None, fine: bool
+    version: int, log_probs: float | None, fine: bool
 ) -> None:
     """False: a learner takes what is older than the bound, or newer than itself, or cannot be weighed."""
-    unit = (Experience(Prompt(0, (4,), "p"), (Completion((5,), "x", True, version, log_probs),), (0.1,)),)
+    known = None if log_probs is None else (log_probs,)
+    unit = (Experience(Prompt(0, (4,), "p"), (Completion((5,), "x", True, version, known),), (0.1,)),)
     with contextlib.nullcontext() if fine else pytest.raises(RuntimeError, match=f"version {version}"):
         Learner._check_versions(_at_version_3(1), [unit])
 

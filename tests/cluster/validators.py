@@ -31,13 +31,13 @@ KUBERNETES = "1.34"  # any from 1.29 (ReadWriteOncePod) has what the manifests u
 Tree = dict[str, Any]
 
 # Every metric that the program exports, as Prometheus sees it: its labels, and the values of those that are closed.
-ROLLOUT = "replicas healthy starting restarts version tokens_per_second sync_seconds waiting staleness"
+ROLLOUT = "replicas healthy starting restarts version tokens_per_second sync_seconds staleness"
 METRICS: dict[str, dict[str, set[str] | None]] = {
     "ray_dprlhf_epsilon_spent": {"run": None, "stage": None, "partition": None},
     "ray_dprlhf_step": {"run": None, "stage": None},
     "ray_dprlhf_released": {"run": None, "stage": None, "metric": None},
     "ray_dprlhf_rollout": {"run": None, "figure": set(ROLLOUT.split())},
-    "ray_dprlhf_learner": {"run": None, "figure": {"tokens_per_second", "incarnations"}},
+    "ray_dprlhf_learner": {"run": None, "figure": {"incarnations"}},
     "ray_dprlhf_phase_seconds": {
         "run": None,
         "stage": None,

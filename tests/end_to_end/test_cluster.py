@@ -18,7 +18,7 @@ from dprlhf_ray.observability.metrics import read_metrics
 from dprlhf_ray.privacy.ledger import Ledger
 from tests.end_to_end.runs import Command, World, attempts, forms, leaks, write_config
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 50
 ACTORS = """
 import json, sys

@@ -207,6 +207,9 @@ def test_completions_of_older_weights_weigh_as_their_own_ratio_says(
     stale = [tuple(Experience(e.prompt, tuple(map(drawn, e.completions)), e.rewards) for e in u) for u in units]
     plain, weighted = _sum(objective, units)[0], _sum(objective, stale)[0]
     assert (weighted - weight * plain).norm() < 1e-4 * plain.norm()
+    mixed = _sum(objective, [*stale[:2], *units[2:]])[0]  # one that has none takes nobody else's away
+    expected = weight * _sum(objective, units[:2])[0] + _sum(objective, units[2:])[0]
+    assert (mixed - expected).norm() < 1e-4 * plain.norm()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
