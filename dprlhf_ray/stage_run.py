@@ -154,7 +154,7 @@ def _update(roles: Roles, shares: list[tuple[Any, ...]] | None) -> tuple[list[Re
     """
     released, version, weights, reference = roles.learners.call("publish" if shares is None else "update", shares)
     try:
-        return list(released), version, ray.get(weights), reference
+        return list(released), version, None if weights is None else ray.get(weights), reference
     except ray.exceptions.ObjectLostError:
         raise LearnersRestarted("the learner group died before its new weights were fetched") from None
 
