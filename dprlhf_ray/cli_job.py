@@ -46,6 +46,11 @@ def submit(
         typer.echo(f"job {job} of run {parsed.name}; stop it with: dprlhf stop {parsed.name} --address {address}")
     else:
         job = running.submission_id
+        if (other := running.metadata.get("output")) != str(output):
+            raise ConfigError(
+                f"name: job {job} of another run called {parsed.name!r} is active, with --output {other}: name this "
+                "one differently, or stop that one"
+            )
         typer.echo(f"job {job} of run {parsed.name} is active: following it; this config was not looked at")
     if not follow:
         return
@@ -88,7 +93,10 @@ def scale(
 
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: not a run directory (no config.yaml)")
-    answer = control.ask_for(run_dir, rollouts, wait)
+    try:
+        answer = control.ask_for(run_dir, rollouts, wait)
+    except OSError as e:
+        raise ConfigError(f"{run_dir}: cannot write there ({e.strerror})") from None
     if answer is None:
         raise DprlhfError(
             f"{run_dir}: nobody answered within {wait:g} s; the request is kept, and counts when an rl stage runs there"

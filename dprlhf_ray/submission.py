@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
 from dprlhf_ray import config_file
 from dprlhf_ray.config import RLStage, RunConfig
 from dprlhf_ray.data.columns import SUFFIXES
@@ -186,15 +184,12 @@ def active(server: Any, name: str) -> Any | None:
 
 
 def submit(server: Any, config: RunConfig, output: Path, variables: dict[str, str]) -> str:
-    """Start a run as a job, or continue it: what is in its folder stays spent. Returns the job's id.
+    """Start a run as a job, or continue it: what is in its folder stays spent. Returns the job's id, which no other job
+    of this run has: of two that are submitted at once, Ray refuses one.
 
     Raises:
-        ConfigError: a job of this name is active; a module of a scorer is not here.
+        ConfigError: a module of a scorer is not here.
     """
-    if (running := active(server, config.name)) is not None:
-        raise ConfigError(
-            f"name: a job of run {config.name!r} is active: {running.submission_id}; stop it first, with dprlhf stop"
-        )
     used = {j.submission_id for j in jobs_of(server, config.name)}
     number = 1 + max((int(m[1]) for i in used if (m := re.search(r"-(\d+)$", i))), default=0)
     with tempfile.TemporaryDirectory(prefix="dprlhf-") as folder:
@@ -216,6 +211,8 @@ def follow(server: Any, job: str, show: Callable[[str], None]) -> Ended:
     Raises:
         DprlhfError: it does not come back.
     """
+    import aiohttp  # here: every command would pay for it
+
     shown: list[int] = [0]  # characters; a broken connection must not forget them
     lost: float | None = None
     while True:
@@ -245,12 +242,18 @@ async def _tail(server: Any, job: str, shown: list[int], show: Callable[[str], N
 
 
 def stop(server: Any, name: str) -> str | None:
-    """Ask the active job of a run to end, and wait until it has; returns its id (None: there is none)."""
+    """Ask the active job of a run to end, and wait until it has; returns its id (None: there is none).
+
+    Raises:
+        DprlhfError: it is still ending.
+    """
     job = active(server, name)
     if job is None:
         return None
     server.stop_job(job.submission_id)
     deadline = time.monotonic() + _PATIENCE
-    while not server.get_job_status(job.submission_id).is_terminal() and time.monotonic() < deadline:
+    while not server.get_job_status(job.submission_id).is_terminal():
+        if time.monotonic() > deadline:
+            raise DprlhfError(f"job {job.submission_id} was asked to stop, and is still ending")
         time.sleep(0.2)
     return str(job.submission_id)

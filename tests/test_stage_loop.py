@@ -384,3 +384,11 @@ def test_long_public_texts_serve_a_stage_with_short_prompts(tiny_model: Path, tm
     config = config_file.parse(tree)
     found = pipeline.public_sequences(config, config.stages[0], tokenizer)
     assert [len(s) for s in found] == [8, 8, 8]
+
+
+def test_a_stage_without_a_fleet_has_no_weights_to_fetch() -> None:
+    """False: supervised stages and reward models, whose learners publish none, do not start."""
+    learners = SimpleNamespace(call=lambda method, shares: ([], 3, None, []))
+    roles = stage_run.Roles(None, learners)  # type: ignore[arg-type]
+    assert stage_run._update(roles, None) == ([], 3, None, [])
+    stage_run._sync(roles, 3, None, [])

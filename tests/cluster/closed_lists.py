@@ -38,21 +38,15 @@ def one_of(*values: str) -> Schema:
 # KubeRay: read in ray-operator/apis/ray/v1/raycluster_types.go and rayjob_types.go of the tag v1.7.0. The comments say
 # which of the tags v1.1.0, v1.2.0, v1.3.0, v1.4.0, v1.5.0, v1.5.1, v1.6.0, v1.7.0 is the first with the field; where
 # there is no comment, v1.1.0 has it.
-HEAD_GROUP = closed(
-    "rayStartParams template",
-    labels=MAP,  # v1.5.0
-    rayStartParams=MAP,
-    template=ELSEWHERE,
-)
+GROUP = {"labels": MAP, "rayStartParams": MAP, "template": ELSEWHERE}  # labels: v1.5.0
+HEAD_GROUP = closed("rayStartParams template", **GROUP)
 WORKER_GROUP = closed(
     "groupName minReplicas maxReplicas rayStartParams template",
     groupName=TEXT,
     replicas=COUNT,
     minReplicas=COUNT,
     maxReplicas=COUNT,
-    labels=MAP,  # v1.5.0
-    rayStartParams=MAP,
-    template=ELSEWHERE,
+    **GROUP,
 )
 RAY_CLUSTER_SPEC = closed(
     "rayVersion headGroupSpec workerGroupSpecs",
