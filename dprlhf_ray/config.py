@@ -523,6 +523,16 @@ class RolloutConfig(Section):
     max_num_seqs: int = Field(128, ge=1)
     kv_cache_gib: float = Field(1.0, gt=0)
     threads: int | None = Field(None, ge=1, description="threads per engine (null: all cores of the machine)")
+    transport: Literal["objects", "nccl", "gloo"] = Field(
+        "objects",
+        description="how weights reach the engines: objects: Ray's shared memory and its own transfers, any cluster; "
+        "nccl: from GPU to GPU; gloo: a process group between hosts without GPUs",
+    )
+    weights: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="what is sent: every changed matrix with the adapter merged into it, any engine; or the adapter's "
+        "factors alone, which vLLM serves as a LoRA (small messages, slower tokens)",
+    )
     staleness: int = Field(
         0,
         ge=0,
@@ -536,6 +546,18 @@ class RolloutConfig(Section):
         description="largest root-mean-square difference of log-probabilities (nats), engine against learner; bfloat16 "
         "rounding alone gives about 0.08, float32 about 0.001",
     )
+
+    @model_validator(mode="after")
+    def _can_be_sent(self) -> RolloutConfig:
+        if self.weights == "adapter" and self.engine != "vllm":
+            raise ValueError(f"weights: adapter is served by vLLM only: engine is {self.engine}; use weights: merged")
+        if self.transport == "nccl" and not self.gpus_per_replica:
+            raise ValueError("transport: nccl needs GPUs: gpus_per_replica is 0; use objects, or gloo")
+        if self.transport == "nccl" and self.tensor_parallel_size > 1:
+            raise ValueError(
+                "transport: nccl sends to engines on one GPU: with tensor_parallel_size above 1 use objects"
+            )
+        return self
 
 
 class EvaluationConfig(Section):
@@ -616,6 +638,11 @@ class RunConfig(Section):
         for name, data in self.data.items():
             if not data.public and self.dataset_of(name) in (n for n, d in self.data.items() if d.public):
                 raise ValueError(f"data.{name}.dataset: {data.dataset!r} is declared public: give another name")
+        if self.rollout.transport == "nccl" and not self.learner.use_gpu:
+            raise ValueError("rollout.transport: nccl needs learners on GPUs: learner.use_gpu is false")
+        for s in self.stages:
+            if s.kind == "rl" and self.rollout.weights == "adapter" and self.adapter_of(s).kind == "full":
+                raise ValueError(f"stage {s.name!r}: rollout.weights: adapter, but it trains all weights: use merged")
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ: {names}")

@@ -36,6 +36,15 @@ class SyncFailed(DprlhfError):
     """Rollout engines and learner disagree after a weight sync."""
 
 
+class LearnersRestarted(DprlhfError):
+    """The learner group died and came back; the command in flight is lost, its charge is spent."""
+
+
+class WeightsLost(LearnersRestarted):
+    """A published weight version cannot be had any more, most likely because who published it died: it is published
+    again, and what was in flight is lost as after any other death of the learners."""
+
+
 class RolloutFailed(DprlhfError):
     """No rollout replica came back, or replicas keep failing."""
 

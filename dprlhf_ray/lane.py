@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import ray
 
-from dprlhf_ray.actors.learner_group import LearnersRestarted
+from dprlhf_ray.errors import LearnersRestarted
 from dprlhf_ray.privacy.private import Private
 from dprlhf_ray.privacy.release import Operational
 from dprlhf_ray.records import Unit

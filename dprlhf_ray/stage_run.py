@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dprlhf_ray.actors.cluster import ray  # first: sets Ray's environment before ray is imported
 from dprlhf_ray.actors.fleet import Fleet
-from dprlhf_ray.actors.learner_group import LearnerGroup, LearnersRestarted
+from dprlhf_ray.actors.learner_group import LearnerGroup
 from dprlhf_ray.actors.roles import ask
 from dprlhf_ray.actors.sync_check import LogProbs
 from dprlhf_ray.collect import Source
 from dprlhf_ray.config import AnyStage, RunConfig
 from dprlhf_ray.data.units import StageData
-from dprlhf_ray.errors import ConfigError, LedgerDamaged
+from dprlhf_ray.errors import ConfigError, LearnersRestarted, LedgerDamaged
 from dprlhf_ray.evaluation.public import Comparison, Evaluation, compare
 from dprlhf_ray.lane import Drawn, Lane
 from dprlhf_ray.models.card import write_cards
@@ -31,6 +32,7 @@ from dprlhf_ray.privacy.sampling import choose, poisson_draw
 from dprlhf_ray.records import Unit
 from dprlhf_ray.run_dir import RunDir, read_json, write_atomically
 from dprlhf_ray.stages.batching import deal
+from dprlhf_ray.transport import Handle
 
 
 @dataclass
@@ -53,7 +55,7 @@ def run_stage(
         What the stage gained on public records (None: it has none).
     """
     stage, workers = config.stages[index], config.learner.num_workers
-    log, gauges = MetricsLog(here.root, config.tracking, config.name), Gauges(config.name, _partition(plan, stage))
+    log = MetricsLog(here.root, config.tracking, config.name)
     _bring_up(roles, show)
     attempt = ask(roles.accountant, "spent", plan.ledger_stage)
     before = _before(here, stage, roles, source, attempt, show)
@@ -63,6 +65,7 @@ def run_stage(
     baseline = last_value(rows, stage.name, "private/reward")
     begun, ahead = attempt, config.rollout.staleness if roles.fleet is not None else 0
     lane = Lane(lambda: _prepare(roles, plan, data, source), ahead)
+    gauges = Gauges(config.name, _partition(plan, stage))
     try:
         while attempt < stage.privacy.steps:
             clock = Laps()
@@ -73,7 +76,7 @@ def run_stage(
                 clock.lap("wait" if ahead else None)
                 baseline = _baseline(stage, baseline, before)
                 shares = [([ray.put(share)], attempt, baseline, drawn.token) for share in deal(drawn.units, workers)]
-                released, *weights = _update(roles, shares)
+                released, version, *weights = _update(roles, shares)
                 clock.lap("learn")
                 synced = lane.run(lambda weights=weights: _sync(roles, *weights))  # type: ignore[misc]
                 if not ahead:
@@ -93,24 +96,24 @@ def run_stage(
             if drawn.epsilon_spent is not None:
                 released.append(Released("epsilon_spent", drawn.epsilon_spent, "accounting"))
             if config.evaluation.every and attempt % config.evaluation.every == 0:
-                synced.result()
-                now = _look(roles, source, show)
+                now = _look(roles, source, show) if _is_synced(synced) else None
                 released += [] if now is None else [Released(f"public/{source.measure}", now.mean, "public_prompts")]
             log.write(stage.name, attempt, released)
             laps = [*drawn.seconds, *clock.figures()]
-            fleet, learning = _figures(roles, drawn, weights[0])
+            fleet, learning = _figures(roles, drawn, version)
             gauges.step(stage.name, attempt, released)
             gauges.operations(stage.name, fleet, learning, laps)
             show.step(stage.name, attempt, stage.privacy.steps, plan.target, released, fleet, laps)
             if on_step is not None:
                 on_step(attempt, roles)
-        lane.run(lambda: None).result()  # the last weights are with the fleet, and verified
+        _last_sync(lane, roles, show)
     except BaseException:
         if roles.fleet is not None:
             roles.fleet.interrupt()
         raise
     finally:
         lane.close()
+        gauges.close()
     show.end()
     log.close()
     after = _look(roles, source, show)
@@ -146,17 +149,33 @@ def _start_over(lane: Lane, roles: Roles, plan: StagePlan, show: RunProgress, as
     return spent
 
 
-def _update(roles: Roles, shares: list[tuple[Any, ...]] | None) -> tuple[list[Released], int, Any, LogProbs]:
-    """One update (None: none, only the present weights): what was released, and the version with its weights.
+def _is_synced(sync: Future[None]) -> bool:
+    """Waits for it. False: learners died under it, which the next draw meets too, and answers."""
+    try:
+        sync.result()
+    except LearnersRestarted:
+        return False
+    return True
+
+
+def _last_sync(lane: Lane, roles: Roles, show: RunProgress) -> None:
+    """Until the last weights are with the fleet, and verified."""
+    try:
+        lane.run(lambda: None).result()
+    except LearnersRestarted as e:
+        show.say(f"{e}; going on from the newest checkpoint")
+        lane.clear()
+        _bring_up(roles, show)
+
+
+def _update(roles: Roles, shares: list[tuple[Any, ...]] | None) -> tuple[list[Released], int, Handle | None, LogProbs]:
+    """One update (None: none, only the present weights): what was released, the version, the handle of its weights.
 
     Raises:
-        LearnersRestarted: they died, or died before their weights could be fetched.
+        LearnersRestarted: they died.
     """
-    released, version, weights, reference = roles.learners.call("publish" if shares is None else "update", shares)
-    try:
-        return list(released), version, None if weights is None else ray.get(weights), reference
-    except ray.exceptions.ObjectLostError:
-        raise LearnersRestarted("the learner group died before its new weights were fetched") from None
+    released, version, handle, reference = roles.learners.call("publish" if shares is None else "update", shares)
+    return list(released), version, handle, reference
 
 
 def _partition(plan: StagePlan, stage: AnyStage) -> str:
@@ -200,27 +219,27 @@ def persist(roles: Roles, show: RunProgress, call: Callable[[], Any]) -> Any:
 
 def _look(roles: Roles, source: Source, show: RunProgress) -> Evaluation | None:
     """Evaluate the present weights; learners that die under it come back first."""
-    try:
-        return source.evaluate()
-    except LearnersRestarted as e:
-        show.say(f"{e}; going on from the newest checkpoint")
-        _bring_up(roles, show)
-        return source.evaluate()
+    while True:
+        try:
+            return source.evaluate()
+        except LearnersRestarted as e:
+            show.say(f"{e}; going on from the newest checkpoint")
+            _bring_up(roles, show)
 
 
 def _bring_up(roles: Roles, show: RunProgress) -> None:
     """Wait for the learners, and bring every replica to the version that they start from."""
-    persist(roles, show, lambda: _sync(roles, *_update(roles, None)[1:]))
+    persist(roles, show, lambda: _sync(roles, *_update(roles, None)[2:]))
     show.say(
         f"learners ready: {roles.learners.info['trainable']} trainable numbers, "
         f"version {roles.learners.info['version']}"
     )
 
 
-def _sync(roles: Roles, version: int, weights: Any, reference: LogProbs) -> None:
+def _sync(roles: Roles, handle: Handle | None, reference: LogProbs) -> None:
     """Bring every replica to a weight version, and check each against the learner."""
-    if roles.fleet is not None:
-        roles.fleet.sync(version, weights, reference)
+    if roles.fleet is not None and handle is not None:
+        roles.fleet.sync(handle, reference)
 
 
 def _baseline(stage: AnyStage, released: float | None, before: Evaluation | None) -> float:
@@ -252,7 +271,7 @@ def _before(
             raise ConfigError(f"{path}: has no unit of the rewards any more: restore it")
         source.unit = None if unit is None else (unit[0], unit[1])
         return Evaluation(tuple(kept["rewards"]), tuple(kept["texts"]))
-    before: Evaluation | None = persist(roles, show, source.evaluate)
+    before = _look(roles, source, show)
     if before is not None:
         tree = {"measure": source.measure, "unit": source.unit, "before": asdict(before)}
         write_atomically(path, json.dumps(tree))

@@ -102,9 +102,9 @@ class World:
     def wait_ready(self) -> None:
         pass
 
-    def sync(self, version: int, *_: Any) -> None:
+    def sync(self, handle: Any, *_: Any) -> None:
         self.pause()
-        self.version = version
+        self.version = handle.version
 
     def interrupt(self) -> None:
         pass
@@ -118,7 +118,7 @@ class World:
 
     def call(self, method: str, arguments: Any = None) -> Any:
         if method != "update":
-            return [], self.trained, {}, []
+            return [], self.trained, SimpleNamespace(version=self.trained), []
         self.note("update")
         self.pause()
         ((share,), attempt, baseline, token) = arguments[0]
@@ -132,7 +132,8 @@ class World:
             raise LearnersRestarted("the learner group died and was restarted; the step in flight is spent")
         self.accountant.redeem(token, self.incarnation, "only")
         self.trained += 1
-        return [Released("private/reward", RELEASED, "noised", 0.1)], self.trained, {}, []
+        handle = SimpleNamespace(version=self.trained)
+        return [Released("private/reward", RELEASED, "noised", 0.1)], self.trained, handle, []
 
 
 def _tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
@@ -215,8 +216,8 @@ def test_a_draw_that_failed_ends_the_run_and_so_does_a_sync_nobody_waits_for(wor
     """False: with draws ahead an engine that disagrees with the learner goes unnoticed."""
     world.staleness = 1
 
-    def disagree(version: int, *_: Any) -> None:
-        if version == 2:
+    def disagree(handle: Any, *_: Any) -> None:
+        if handle.version == 2:
             raise SyncFailed("version 2: not the learner's")
 
     world.sync = disagree  # type: ignore[method-assign]
@@ -391,4 +392,4 @@ def test_a_stage_without_a_fleet_has_no_weights_to_fetch() -> None:
     learners = SimpleNamespace(call=lambda method, shares: ([], 3, None, []))
     roles = stage_run.Roles(None, learners)  # type: ignore[arg-type]
     assert stage_run._update(roles, None) == ([], 3, None, [])
-    stage_run._sync(roles, 3, None, [])
+    stage_run._sync(roles, None, [])

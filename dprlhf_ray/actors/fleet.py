@@ -9,9 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-
-import torch
+from collections.abc import Sequence
 
 from dprlhf_ray.actors.replicas import Published, Replicas
 from dprlhf_ray.actors.rollout import Failure, RolloutActor
@@ -19,7 +17,7 @@ from dprlhf_ray.actors.sync_check import LogProbs
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
 from dprlhf_ray.errors import RolloutFailed, SyncFailed
 from dprlhf_ray.records import Completion
-from dprlhf_ray.transport import build_transport
+from dprlhf_ray.transport import Handle
 
 
 class Fleet:
@@ -42,6 +40,7 @@ class Fleet:
         chunk_timeout_s: float = 600.0,
         recovery_timeout_s: float = 300.0,
         max_restarts: int = 20,
+        lora_rank: int = 0,
         actor_class: type[RolloutActor] = RolloutActor,
     ) -> None:
         """Nothing starts before `start`.
@@ -52,20 +51,21 @@ class Fleet:
             chunk_timeout_s: a replica that takes longer for one chunk of prompts counts as hung and is replaced.
             recovery_timeout_s: how long to wait for any replica before a call fails; also one replica's start-up limit.
             max_restarts: over the whole run; more than these are a defect, not bad luck.
+            lora_rank: of the adapter that engines serve, where `rollout.weights` says so.
             actor_class: what a replica runs; tests inject faults here.
         """
         self.check_sequences = [tuple(s) for s in check_sequences]
         self._chunk_timeout_s = chunk_timeout_s
-        self._transport = build_transport()
-        build = (str(model_path), rollout, generation, dtype)
+        build = (str(model_path), rollout, generation, dtype, lora_rank)
+        self._ending = threading.Event()
         self._replicas = Replicas(
-            build, rollout, self.check_sequences, namespace, recovery_timeout_s, max_restarts, actor_class
-        )
+            build, rollout, self.check_sequences, namespace, recovery_timeout_s, max_restarts, actor_class,
+            self._ending,
+        )  # fmt: skip
         self._lock = threading.RLock()
         self._published: Published | None = None
         self._tokens_per_second = 0.0
         self._sync_seconds = 0.0
-        self._ending = threading.Event()
 
     # ------------------------------------------------------------------------------------------------ the fleet's size
 
@@ -109,25 +109,27 @@ class Fleet:
 
     # -------------------------------------------------------------------------------------------------------- weights
 
-    def sync(self, version: int, weights: Mapping[str, torch.Tensor], reference_log_probs: LogProbs) -> None:
-        """Bring every replica to `version` and check each against the learner.
+    def sync(self, handle: Handle, reference_log_probs: LogProbs) -> None:
+        """Bring every replica to a published version and check each against the learner.
 
         Args:
-            weights: complete named tensors; at every sync the same names or more, so that a replica that starts later
-                needs the last ones only.
+            handle: of complete named tensors; at every sync the same names or more, so that a replica that starts
+                later needs the last ones only.
             reference_log_probs: the learner's log-probabilities of `check_sequences`, as from `Engine.log_probs`.
 
         Raises:
             SyncFailed: a replica disagrees with the learner. The run has to stop.
             RolloutFailed: no replica came up in time.
+            WeightsLost: the version cannot be had any more: publish it again.
         """
         with self._lock:
             started = time.monotonic()
             old = self._published
-            if old and not set(old.handle.names) <= set(weights):
-                lost = sorted(set(old.handle.names) - set(weights))
-                raise SyncFailed(f"version {version} lacks {lost[0]}, which version {old.handle.version} had changed")
-            self._published = Published(self._transport.publish(version, weights), reference_log_probs)
+            if old and (lost := sorted(set(old.handle.names) - set(handle.names))):
+                raise SyncFailed(
+                    f"version {handle.version} lacks {lost[0]}, which version {old.handle.version} had changed"
+                )
+            self._published = Published(handle, reference_log_probs)
             self._replicas.bring_to(self._published)
             self._sync_seconds = time.monotonic() - started
 
@@ -138,6 +140,7 @@ class Fleet:
 
         Raises:
             RolloutFailed: no replica came back within the recovery time, or too many restarts.
+            WeightsLost: a replica was replaced, and the version that it needs cannot be had any more.
         """
         with self._lock:
             if self._published is None:

@@ -44,6 +44,8 @@ GRADIENT_BYTES = 256 << 20  # per-record gradients held at once; speed and memor
 if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
     # DeepSpeed's compiled operation: environments that share one folder build it again in turns
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+# and so do two versions of ninja: this environment's goes first
+os.environ["PATH"] = os.path.join(sys.prefix, "bin") + os.pathsep + os.environ.get("PATH", "")
 
 
 @dataclass(frozen=True)
@@ -208,8 +210,11 @@ class Learner:
     # ---------------------------------------------------------------------------------------------------- weights
 
     def weights(self) -> tuple[int, dict[str, Tensor]]:
-        """(version, changed weights merged, by Hugging Face name) as the rollout engines take them."""
+        """(version, what changed) as the rollout engines take it: merged weights by their Hugging Face names, or the
+        adapter's factors."""
         with self._gathered(list(self.model.parameters())):
+            if self.spec.config.rollout.weights == "adapter":
+                return self.version, adapters.served_factors(self.model.model)
             return self.version, sync_weights(self.model, getattr(torch, self.spec.config.model.dtype))
 
     def public_log_probs(self) -> list[list[float]]:

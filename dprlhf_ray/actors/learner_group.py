@@ -18,11 +18,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dprlhf_ray.actors.learner import LearnerSpec
-from dprlhf_ray.errors import DprlhfError, place_of
-
-
-class LearnersRestarted(DprlhfError):
-    """The learner group died and came back; the command in flight is lost, its charge is spent."""
+from dprlhf_ray.errors import DprlhfError, LearnersRestarted, place_of
+from dprlhf_ray.transport import Handle, Publisher, build_publisher
 
 
 class LearnersFailed(DprlhfError):
@@ -119,7 +116,10 @@ def _worker(config: dict[str, Any]) -> None:
     dist.broadcast_object_list(token, 0)
     incarnation = str(token[0])
     dist.barrier()
+    publisher = None
     if rank == 0:
+        if learner.stage.kind == "rl":
+            publisher = build_publisher(learner.spec.config.rollout)
         ray.get(mailbox.register.remote(incarnation, learner.info()))
     seq = 0
     while True:
@@ -127,15 +127,24 @@ def _worker(config: dict[str, Any]) -> None:
         if command is None:
             continue
         seq, method, arguments = command
-        value = None if method == "stop" else _execute(learner, method, arguments, accountant, incarnation)
+        value = None if method == "stop" else _execute(learner, method, arguments, accountant, incarnation, publisher)
         dist.barrier()  # every rank has seen the command before it is answered
         if rank == 0:
             ray.get(mailbox.reply.remote(incarnation, seq, value))
         if method == "stop":
+            if publisher is not None:
+                publisher.close()
             return
 
 
-def _execute(learner: Any, method: str, arguments: tuple[Any, ...], accountant: Any, incarnation: str) -> Any:
+def _execute(
+    learner: Any,
+    method: str,
+    arguments: tuple[Any, ...],
+    accountant: Any,
+    incarnation: str,
+    publisher: Publisher | None,
+) -> Any:
     if method == "update":
         (share,), attempt, baseline, token = arguments  # a reference inside a list: fetched by its rank only
         units = ray.get(share)
@@ -149,20 +158,20 @@ def _execute(learner: Any, method: str, arguments: tuple[Any, ...], accountant: 
             raise
         except Exception as e:  # Ray Train logs whatever ends a worker, and this one's message may quote a record
             raise LearnerError(f"the update failed: {place_of(e)}") from None
-        return released, *_version(learner)
+        return released, *_published(learner, publisher)
     if method == "publish":
-        return [], *_version(learner)
+        return [], *_published(learner, publisher)
     if method in ("save", "export", "evaluate"):
         return getattr(learner, method)(*arguments)
     raise ValueError(f"unknown command {method}")
 
 
-def _version(learner: Any) -> tuple[int, Any, list[list[float]]]:
-    """(version, reference to the changed weights, log-probabilities of the public sequences): what engines need."""
+def _published(learner: Any, publisher: Publisher | None) -> tuple[int, Handle | None, list[list[float]]]:
+    """(version, handle of the changed weights, log-probabilities of the public sequences): what engines need."""
     if learner.stage.kind != "rl":
         return learner.version, None, []
     version, weights = learner.weights()
-    return version, ray.put(weights) if learner.rank == 0 else None, learner.public_log_probs()
+    return version, None if publisher is None else publisher.publish(version, weights), learner.public_log_probs()
 
 
 class LearnerGroup:

@@ -1,12 +1,14 @@
 """The replicas of a fleet: created, brought to the current weight version, checked, admitted, replaced and removed.
 
 RLlib's `FaultTolerantActorManager` does the calling and notices deaths; what follows from a death is decided here. A
-replica serves only after it has loaded the current version and agreed with the learner on it.
+replica serves only after it has loaded the current version and agreed with the learner on it. One that waits for a GPU,
+or for its first weights, has not failed: its time starts when it has both.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +18,15 @@ import ray
 from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
 
 from dprlhf_ray.actors.engines.vllm import environment
+from dprlhf_ray.actors.placement import Place
 from dprlhf_ray.actors.rollout import Failure, RolloutActor
 from dprlhf_ray.actors.sync_check import LogProbs, disagreement
 from dprlhf_ray.config import RolloutConfig
-from dprlhf_ray.errors import RolloutFailed, SyncFailed
-from dprlhf_ray.transport.base import Handle
+from dprlhf_ray.errors import RolloutFailed, SyncFailed, WeightsLost
+from dprlhf_ray.transport import Handle
 
 _log = logging.getLogger(__name__)
+_REMIND = 60.0  # seconds between lines about a GPU that is waited for
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,18 @@ class Published:
 
 @dataclass
 class Replica:
-    """slot: place in the fleet. actor_id: the manager's key once it serves. bringing_up: load and log_probs calls."""
+    """slot: number in the fleet. actor: None while its place is waited for. actor_id: the manager's key once it serves.
+    bringing_up: load and log_probs calls. since: when it had its place and the first weights to load. checked: its own
+    and the learner's log-probabilities when it was checked last."""
 
     slot: int
     name: str
-    actor: Any
+    place: Place
+    actor: Any = None
     actor_id: int | None = None
     bringing_up: list[ray.ObjectRef] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
-    log_probs: LogProbs | None = None
+    checked: tuple[LogProbs, LogProbs] | None = None
 
 
 class Replicas:
@@ -55,6 +62,7 @@ class Replicas:
         namespace: Ray namespace of the named actors `rollout-<slot>`.
         patience_s: how long to wait for any replica before a call fails; also one replica's start-up limit.
         max_restarts: over the whole run; more than these are a defect, not bad luck.
+        ended: set when nothing is waited for any more.
     """
 
     def __init__(
@@ -66,7 +74,9 @@ class Replicas:
         patience_s: float,
         max_restarts: int,
         actor_class: type[RolloutActor],
+        ended: threading.Event,
     ) -> None:
+        self._ended = ended
         self.target = 0
         self.restarts = 0
         self.patience_s = patience_s
@@ -123,41 +133,49 @@ class Replicas:
             SyncFailed: a replica disagrees with the learner.
             RolloutFailed: no replica came up in time, or too many restarts.
         """
-        old, self._published = self._published, published
+        self._published = published
         self.reconcile()
         serving = self.serving()
         for replica in self._by_slot.values():
             if replica.actor_id is None:
                 self._bring_up(replica)
         if serving:
-            self._sync(serving, old)
+            self._sync(serving)
         self.wait_for_one()
 
-    def _sync(self, serving: list[Replica], old: Published | None) -> None:
+    def _sync(self, serving: list[Replica]) -> None:
         assert self._published is not None
-        ids, limit = [cast(int, r.actor_id) for r in serving], self.patience_s
-        load, check = {"handle": self._published.handle}, {"sequences": self._check_sequences}
-        self._manager.foreach_actor("load", kwargs=load, remote_actor_ids=ids, timeout_seconds=limit)
-        results = self._manager.foreach_actor("log_probs", kwargs=check, remote_actor_ids=ids, timeout_seconds=limit)
-        answers = {r.actor_id: r.get() for r in cast("list[CallResult]", list(results)) if r.ok}
-        for actor_id, replica in zip(ids, serving, strict=True):
-            answer = answers.get(actor_id, Failure("no answer to a sync"))
+        loaded = self._ask(serving, "load", handle=self._published.handle)
+        ready = []
+        for replica, answer in zip(serving, loaded, strict=True):
             if isinstance(answer, Failure):
-                self.replace(replica, str(answer))
+                self._failed(replica, answer)
             else:
-                self._check(replica, answer, old)
+                ready.append(replica)
+        for replica, answer in zip(ready, self._ask(ready, "log_probs", sequences=self._check_sequences), strict=True):
+            if isinstance(answer, Failure):
+                self._failed(replica, answer)
+            else:
+                self._check(replica, answer)
 
-    def _check(self, replica: Replica, log_probs: LogProbs, old: Published | None = None) -> None:
-        assert self._published is not None
-        problem = disagreement(
-            log_probs,
-            self._published.reference,
-            self._rollout.sync_tolerance,
-            before=(replica.log_probs, old.reference) if replica.log_probs and old else None,
+    def _ask(self, replicas: list[Replica], method: str, **arguments: Any) -> list[Any]:
+        """Answers of serving replicas, in order; a `Failure` for each that gave none in time."""
+        if not replicas:
+            return []
+        ids = [cast(int, r.actor_id) for r in replicas]
+        results = self._manager.foreach_actor(
+            method, kwargs=arguments, remote_actor_ids=ids, timeout_seconds=self.patience_s
         )
+        answers = {r.actor_id: r.get() for r in cast("list[CallResult]", list(results)) if r.ok}
+        return [answers.get(i, Failure("no answer to a sync")) for i in ids]
+
+    def _check(self, replica: Replica, log_probs: LogProbs) -> None:
+        assert self._published is not None
+        reference = self._published.reference
+        problem = disagreement(log_probs, reference, self._rollout.sync_tolerance, before=replica.checked)
         if problem:
             raise SyncFailed(f"{replica.name} at weight version {self._published.handle.version}: {problem}")
-        replica.log_probs = log_probs
+        replica.checked = (log_probs, reference)
 
     # ------------------------------------------------------------------------------------------------- their life
 
@@ -171,7 +189,10 @@ class Replicas:
             self._remove(self._by_slot[slot])
 
     def admit(self) -> None:
-        """Let replicas serve that have loaded the current version and passed the check."""
+        """Start replicas whose place is there; let those serve that have loaded the current version and passed the
+        check."""
+        for replica in [r for r in self._by_slot.values() if r.actor is None and r.place.granted()]:
+            self._start(replica)
         for replica in [r for r in self._by_slot.values() if r.actor_id is None and r.bringing_up]:
             ready, pending = ray.wait(replica.bringing_up, num_returns=2, timeout=0)
             if pending:
@@ -185,12 +206,22 @@ class Replicas:
                 continue
             failure = next((a for a in answers if isinstance(a, Failure)), None)
             if failure is not None:
-                self.replace(replica, str(failure))
+                self._failed(replica, failure)
                 continue
             self._check(replica, answers[1])
             self._manager.add_actors([replica.actor])
             replica.actor_id, replica.bringing_up = self._manager.actor_ids()[-1], []
             _log.info("%s serves", replica.name)
+
+    def _failed(self, replica: Replica, failure: Failure) -> None:
+        """Replace a replica that failed; where the weights are gone, no other could load them either.
+
+        Raises:
+            WeightsLost: they are.
+        """
+        self.replace(replica, str(failure))
+        if failure.weights_lost:
+            raise WeightsLost(f"{replica.name} could not have the new weights ({failure})")
 
     def replace(self, replica: Replica, reason: str) -> None:
         """End a replica that failed and start another in its place; RolloutFailed after too many."""
@@ -204,13 +235,21 @@ class Replicas:
             self._create(replica.slot)
 
     def wait_for_one(self) -> None:
-        """Until a replica serves; RolloutFailed when none does in time."""
-        deadline = time.monotonic() + self.patience_s
+        """Until a replica serves; RolloutFailed when none does in time. The time in which all wait for their places
+        does not count: an autoscaler may need many minutes for a node."""
+        deadline, reminder = time.monotonic() + self.patience_s, time.monotonic() + _REMIND
         while True:
             self.reconcile()
             self.admit()
             if self.serving():
                 return
+            if self._ended.is_set():
+                raise RolloutFailed("the fleet was ended under the call")
+            if all(r.actor is None for r in self._by_slot.values()):
+                deadline = time.monotonic() + self.patience_s
+                if time.monotonic() > reminder:
+                    reminder = time.monotonic() + _REMIND
+                    _log.warning("no replica has its %g GPUs yet: waiting for them", self._rollout.gpus_per_replica)
             if time.monotonic() > deadline:
                 raise RolloutFailed(
                     f"no rollout replica is up after {self.patience_s:.0f} s (last: {self._last_failure})"
@@ -227,23 +266,27 @@ class Replicas:
         # A dead actor's name is not free at once.
         incarnation = self._incarnations[slot] = self._incarnations.get(slot, 0) + 1
         name = f"rollout-{slot}" if incarnation == 1 else f"rollout-{slot}.{incarnation}"
+        replica = self._by_slot[slot] = Replica(slot, name, Place(self._rollout))
+        if replica.place.granted():
+            self._start(replica)
+
+    def _start(self, replica: Replica) -> None:
         options: dict[str, Any] = {
-            "name": name,
+            "name": replica.name,
             "namespace": self._namespace,
-            "num_cpus": 0,
-            "num_gpus": self._rollout.gpus_per_replica,
-            "label_selector": self._rollout.node_labels,
             "max_restarts": 0,
             "runtime_env": {"env_vars": environment(self._rollout)},
         }
-        remote: Callable[..., Any] = ray.remote(self._actor_class).options(**options).remote
-        self._by_slot[slot] = Replica(slot, name, remote(*self._build))
-        if self._published is not None:
-            self._bring_up(self._by_slot[slot])
+        remote: Callable[..., Any] = ray.remote(self._actor_class).options(**options, **replica.place.options()).remote
+        replica.actor = remote(*self._build)
+        self._bring_up(replica)
 
     def _bring_up(self, replica: Replica) -> None:
-        """Queue loading and checking of the current version; `admit` looks at the answers."""
-        assert self._published is not None
+        """Queue loading and checking of the current version, if there is one; `admit` looks at the answers."""
+        if replica.actor is None or self._published is None:
+            return
+        if not replica.bringing_up:
+            replica.since = time.monotonic()
         replica.bringing_up = [
             replica.actor.apply.remote(self._actor_class.load, self._published.handle),
             replica.actor.apply.remote(self._actor_class.log_probs, self._check_sequences),
@@ -253,4 +296,6 @@ class Replicas:
         if replica.actor_id is not None:
             self._manager.remove_actor(replica.actor_id)
         self._by_slot.pop(replica.slot, None)
-        ray.kill(replica.actor)
+        if replica.actor is not None:
+            ray.kill(replica.actor)
+        replica.place.release()

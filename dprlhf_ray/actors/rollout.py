@@ -9,17 +9,20 @@ from typing import Any
 
 from dprlhf_ray.actors.engines import build_engine
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
-from dprlhf_ray.errors import place_of
+from dprlhf_ray.errors import WeightsLost, place_of
 from dprlhf_ray.records import Completion
-from dprlhf_ray.transport import build_transport
-from dprlhf_ray.transport.base import Handle
+from dprlhf_ray.transport import Handle
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong in a replica: an error's type and place, never its message: that may quote private values."""
+    """What went wrong in a replica: an error's type and place, never its message: that may quote private values.
+
+    weights_lost: it is not the replica that failed: the published weights are gone.
+    """
 
     what: str
+    weights_lost: bool = False
 
     def __str__(self) -> str:
         return self.what
@@ -28,16 +31,17 @@ class Failure:
 class RolloutActor:
     """One replica. The fleet calls its methods through `apply`, as `FaultTolerantActorManager` does."""
 
-    def __init__(self, model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str) -> None:
-        self._engine = build_engine(model_path, rollout, generation, dtype)
-        self._transport = build_transport()
+    def __init__(
+        self, model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str, lora_rank: int = 0
+    ) -> None:
+        self._engine = build_engine(model_path, rollout, generation, dtype, lora_rank)
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `func(self, ...)`. An error comes back as a `Failure`; the process lives on and nothing is logged."""
         try:
             return func(self, *args, **kwargs)
         except Exception as error:  # every kind: a raised error would carry its message into Ray's logs
-            return Failure(place_of(error))
+            return Failure(place_of(error), isinstance(error, WeightsLost))
 
     def ping(self) -> str:
         """Answers once the engine is built and idle."""
@@ -53,7 +57,7 @@ class RolloutActor:
 
     def load(self, handle: Handle) -> int:
         """Receive and load a published weight version; returns it."""
-        self._engine.load(handle.version, self._transport.receive(handle))
+        self._engine.load(handle.version, handle.fetch())
         return handle.version
 
     def generate(self, prompts: Sequence[Sequence[int]], completions_per_prompt: int) -> list[list[Completion]]:

@@ -174,6 +174,16 @@ def merged(layer: Any) -> Tensor:
     return layer.base_layer.weight.detach().float() + _out_in(layer, s * (b @ a))
 
 
+def served_factors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter under PEFT's names, float32, its scale s inside B: what an engine serves with a scale of 1."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in lora_layers(model):
+        a, b, s = lora_factors(layer)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = (s * b).contiguous()
+    return tensors
+
+
 def round_to(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 to bfloat16 at random, without bias: a small update survives on average where rounding to nearest
     would swallow it, because the base weights lie exactly on bfloat16's grid. Post-processing of released weights."""
@@ -207,5 +217,5 @@ def save_peft(
 
 __all__ = [
     "ADAPTER", "CoreB", "PeftModel", "attach", "frozen_parts", "load_file", "load_frozen_parts",
-    "lora_factors", "point_at_mean_input", "lora_layers", "merged", "round_to", "save_peft",
+    "lora_factors", "point_at_mean_input", "lora_layers", "merged", "round_to", "save_peft", "served_factors",
 ]  # fmt: skip

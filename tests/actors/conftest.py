@@ -15,6 +15,7 @@ def local_ray() -> Iterator[None]:
     """A local Ray, ended after the module's tests."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    # one GPU is a number to Ray: nothing here uses it
+    ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -15,8 +15,7 @@ from dprlhf_ray.actors.rollout import Failure, RolloutActor
 from dprlhf_ray.actors.sync_check import root_mean_square
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
 from dprlhf_ray.errors import SyncFailed
-from dprlhf_ray.transport import ObjectStoreTransport
-from dprlhf_ray.transport.objects import ObjectHandle
+from dprlhf_ray.transport.objects import ObjectHandle, ObjectPublisher, pack
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -25,14 +24,13 @@ PROMPTS = [(20 + i, 30, 40) for i in range(24)]
 NEW_TOKENS = 8
 
 
-def start(folder: Path, engine: str, temperature: float = 1.0, staleness: int = 0) -> Any:
-    rollout = RolloutConfig(
-        engine=engine, max_model_len=64, max_num_seqs=16, kv_cache_gib=0.1, threads=1, staleness=staleness
-    )
+def start(folder: Path, engine: str, temperature: float = 1.0, lora_rank: int = 0, **more: Any) -> Any:
+    rollout = RolloutConfig(engine=engine, max_model_len=64, max_num_seqs=16, kv_cache_gib=0.1, threads=1, **more)
+    generation = GenerationConfig(max_new_tokens=NEW_TOKENS, temperature=temperature)
     return (
         ray.remote(RolloutActor)
         .options(num_cpus=0, runtime_env={"env_vars": environment(rollout)})
-        .remote(str(folder), rollout, GenerationConfig(max_new_tokens=NEW_TOKENS, temperature=temperature), "float32")
+        .remote(str(folder), rollout, generation, "float32", lora_rank)
     )
 
 
@@ -78,7 +76,7 @@ def test_an_engine_follows_loaded_weights_and_two_starts_draw_differently(tiny_m
 
     first, second = start(tiny_model, engine), start(tiny_model, engine)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    transport = ObjectStoreTransport()
+    transport = ObjectPublisher()
     for actor in (first, second):
         call(actor, "load", transport.publish(0, {}))
     assert root_mean_square(call(first, "log_probs", SEQUENCES), model_log_probs(model)) < 1e-3
@@ -144,14 +142,13 @@ def test_weights_that_do_not_fit_the_model_are_refused(tiny_model: Path) -> None
 
 
 def test_damaged_weights_are_refused_by_the_receiver() -> None:
-    transport = ObjectStoreTransport()
     weights = {"a": torch.randn(3, 2).to(torch.bfloat16), "b": torch.tensor(1.5)}
-    handle = transport.publish(1, weights)
-    received = transport.receive(handle)
+    handle = ObjectPublisher().publish(1, weights)
+    received = handle.fetch()
     assert all(torch.equal(received[k], weights[k]) for k in weights)
-    damaged = ObjectHandle(1, handle.names, handle.sha256, ray.put({**weights, "b": torch.tensor(1.25)}))
+    damaged = ObjectHandle(1, handle.names, handle.sha256, ray.put(pack({**weights, "b": torch.tensor(1.25)})))
     with pytest.raises(SyncFailed, match="checksum"):
-        transport.receive(damaged)
+        damaged.fetch()
 
 
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
@@ -162,7 +159,7 @@ def test_log_probs_of_what_is_drawn_ahead_are_those_of_the_distribution_it_was_d
     from transformers import AutoModelForCausalLM
 
     actor = start(tiny_model, engine, temperature=0.7, staleness=1)
-    call(actor, "load", ObjectStoreTransport().publish(0, {}))
+    call(actor, "load", ObjectPublisher().publish(0, {}))
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     assert root_mean_square(call(actor, "log_probs", SEQUENCES), model_log_probs(model)) < 1e-3  # these have none
     for prompt, (completion,) in zip(PROMPTS, call(actor, "generate", PROMPTS, 1), strict=True):

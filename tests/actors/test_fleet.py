@@ -17,7 +17,9 @@ from dprlhf_ray.actors.fleet import Fleet
 from dprlhf_ray.actors.rollout import RolloutActor
 from dprlhf_ray.actors.sync_check import disagreement
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
-from dprlhf_ray.errors import RolloutFailed, SyncFailed
+from dprlhf_ray.errors import RolloutFailed, SyncFailed, WeightsLost
+from dprlhf_ray.transport import Handle
+from dprlhf_ray.transport.objects import ObjectPublisher
 
 SEQUENCES = [tuple(range(5, 25)), tuple(range(40, 70, 2))]
 PROMPTS = [(10 + i % 200, 20, 30) for i in range(120)]
@@ -33,6 +35,13 @@ def fleets() -> Iterator[list[Fleet]]:
     for fleet in opened:
         fleet.stop()
     time.sleep(0.2)  # names of dead actors
+
+
+class GoneHandle(Handle):
+    """Of a learner that died."""
+
+    def fetch(self) -> dict[str, torch.Tensor]:
+        raise WeightsLost("it is gone")
 
 
 class Learner:
@@ -61,18 +70,26 @@ class Learner:
         return rows
 
     def sync(self, fleet: Fleet, version: int) -> None:
-        fleet.sync(version, self.weights(), self.log_probs())
+        fleet.sync(ObjectPublisher().publish(version, self.weights()), self.log_probs())
 
 
 @pytest.fixture
 def make(tiny_model: Path, fleets: list[Fleet]) -> Callable[..., Fleet]:
-    def build(replicas: int, new_tokens: int = 12, engine: str = "transformers", **options: object) -> Fleet:
-        rollout = RolloutConfig(engine=engine, max_num_seqs=16, threads=1, max_model_len=120, kv_cache_gib=0.1)
+    def build(
+        replicas: int,
+        new_tokens: int = 12,
+        engine: str = "transformers",
+        gpus_per_replica: float = 0,
+        **options: object,
+    ) -> Fleet:
+        rollout = RolloutConfig(
+            engine=engine, max_num_seqs=16, threads=1, max_model_len=120, kv_cache_gib=0.1,
+            gpus_per_replica=gpus_per_replica,
+        )  # fmt: skip
         generation = GenerationConfig(max_new_tokens=new_tokens, stop_at_eos=False)
         name = f"fleet-{time.monotonic_ns()}"
-        fleet = Fleet(
-            str(tiny_model), rollout, generation, "float32", SEQUENCES, namespace=name, recovery_timeout_s=60, **options
-        )
+        options = {"recovery_timeout_s": 60} | options
+        fleet = Fleet(str(tiny_model), rollout, generation, "float32", SEQUENCES, namespace=name, **options)
         fleet.start(replicas)
         fleets.append(fleet)
         fleet.test_namespace = name  # type: ignore[attr-defined]
@@ -196,7 +213,37 @@ def test_a_sync_that_forgets_a_tensor_an_earlier_one_changed_is_refused(
     learner.sync(fleet, 0)
     fewer = dict(list(learner.weights().items())[1:])
     with pytest.raises(SyncFailed, match="lacks"):
-        fleet.sync(1, fewer, learner.log_probs())
+        fleet.sync(ObjectPublisher().publish(1, fewer), learner.log_probs())
+
+
+def test_weights_that_are_gone_are_asked_for_again_and_older_ones_may_come_back(
+    make: Callable[..., Fleet], tiny_model: Path
+) -> None:
+    """False: a learner that dies before its weights were fetched ends the run or leaves engines on old ones unnoticed;
+    or the older version that it comes back with counts as an engine that stood still."""
+    fleet, learner = make(1), Learner(tiny_model)
+    learner.sync(fleet, 0)
+    old, reference = {k: v.clone() for k, v in learner.weights().items()}, learner.log_probs()
+    learner.move()
+    with pytest.raises(WeightsLost):
+        fleet.sync(GoneHandle(1, tuple(old)), learner.log_probs())
+    fleet.sync(ObjectPublisher().publish(0, old), reference)
+    assert all(row[0].version == 0 for row in fleet.generate(PROMPTS[:4], 1))
+
+
+def test_a_replica_that_waits_for_a_gpu_has_not_failed(make: Callable[..., Fleet], tiny_model: Path) -> None:
+    """False: where there are fewer GPUs than replicas, the fleet is restarted until the run gives up."""
+    fleet, learner = make(2, gpus_per_replica=1.0, recovery_timeout_s=30), Learner(tiny_model)
+    learner.sync(fleet, 0)
+    for replica in fleet._replicas._by_slot.values():
+        replica.since -= 1000  # so long ago
+    fleet.generate(PROMPTS[:2], 1)
+    status = fleet.status()
+    assert (status["healthy"], status["starting"], status["restarts"]) == (1, 1, 0)
+    os.kill(pid_of(fleet, 0), signal.SIGKILL)  # its GPU goes to whoever waits
+    learner.move()
+    learner.sync(fleet, 1)
+    assert all(row[0].version == 1 for row in fleet.generate(PROMPTS[:4], 1))
 
 
 def test_disagreement_refuses_nan_and_other_shapes() -> None:

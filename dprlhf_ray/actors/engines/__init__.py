@@ -8,12 +8,18 @@ from dprlhf_ray.config import GenerationConfig, RolloutConfig
 __all__ = ["Engine", "build_engine"]
 
 
-def build_engine(model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str) -> Engine:
-    """The engine named by `rollout.engine`; imports only that one."""
+def build_engine(
+    model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str, lora_rank: int = 0
+) -> Engine:
+    """The engine named by `rollout.engine`; imports only that one.
+
+    Args:
+        lora_rank: of the adapter that is served, where `rollout.weights` says so.
+    """
     if rollout.engine == "vllm":
         from dprlhf_ray.actors.engines.vllm import VllmEngine
 
-        return VllmEngine(model_path, rollout, generation, dtype)
+        return VllmEngine(model_path, rollout, generation, dtype, lora_rank)
     from dprlhf_ray.actors.engines.transformers import TransformersEngine
 
     return TransformersEngine(model_path, rollout, generation, dtype)

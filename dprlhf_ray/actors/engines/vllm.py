@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dprlhf_ray.actors.engines import served_adapter
 from dprlhf_ray.actors.engines.base import Engine, Sampled, key_generator
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
 
@@ -58,7 +59,10 @@ class WorkerExtension:
 class VllmEngine(Engine):
     """vLLM, without its own scheduler process, tokenizer, logs or usage reports."""
 
-    def __init__(self, model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str) -> None:
+    def __init__(
+        self, model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str, lora_rank: int = 0
+    ) -> None:
+        """lora_rank: of the adapter that `rollout.weights` wants served."""
         super().__init__(model_path, rollout, generation, dtype)
         for key, value in environment(rollout).items():
             os.environ.setdefault(key, value)
@@ -74,6 +78,10 @@ class VllmEngine(Engine):
             settings["logprobs_mode"] = "processed_logprobs"
         if not on_gpu:
             settings["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)
+        if rollout.tensor_parallel_size > 1:  # in a placement group vLLM would ask Ray for more of them
+            settings["distributed_executor_backend"] = "mp"
+        if rollout.weights == "adapter":
+            settings |= served_adapter.settings(lora_rank)
         self._llm = LLM(
             model=model_path,
             skip_tokenizer_init=True,
@@ -87,6 +95,7 @@ class VllmEngine(Engine):
             use_tqdm_on_load=False,
             **settings,
         )
+        self._adapter = served_adapter.ServedAdapter(self._llm) if rollout.weights == "adapter" else None
         self._sampling = SamplingParams(
             temperature=generation.temperature,
             top_p=1.0,
@@ -103,18 +112,24 @@ class VllmEngine(Engine):
         self._llm.collective_rpc("key_sampler", args=(randomness,))  # vLLM itself seeds with the constant 0
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        outputs: list[Any] = self._llm.generate(_as_tokens(sequences), self._scoring, use_tqdm=False)
+        outputs: list[Any] = self._run(sequences, self._scoring)
         return [
             [entry[token].logprob for token, entry in zip(ids[1:], out.prompt_logprobs[1:], strict=True)]
             for ids, out in zip(sequences, outputs, strict=True)
         ]
 
     def _sample(self, prompts: list[tuple[int, ...]]) -> list[Sampled]:
-        outputs = self._llm.generate(_as_tokens(prompts), self._sampling, use_tqdm=False)
+        outputs = self._run(prompts, self._sampling)
         return [(list(one.token_ids), _log_probs(one)) for out in outputs for one in out.outputs]
 
+    def _run(self, sequences: Sequence[Sequence[int]], sampling: Any) -> list[Any]:
+        served = None if self._adapter is None else self._adapter.request
+        return self._llm.generate(_as_tokens(sequences), sampling, use_tqdm=False, lora_request=served)
+
     def _load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        if weights and not all(self._llm.collective_rpc("load_named_weights", args=(weights,))):
+        if self._adapter is not None:
+            self._adapter.load(weights)
+        elif weights and not all(self._llm.collective_rpc("load_named_weights", args=(weights,))):
             raise ValueError("vLLM took none of the weights: are the names Hugging Face parameter names?")
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache, which holds values of the old weights")
