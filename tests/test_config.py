@@ -69,6 +69,26 @@ def line_of(refused: Callable[[], Any]) -> str:
             tree(rollout={"max_model_len": 64}),
             "config: rollout.max_model_len is 64, but prompts of up to 256 tokens and 24 new tokens need 280",
         ),
+        (
+            tree(rollout={"weights": "adapter", "engine": "transformers"}),
+            "config: rollout: weights: adapter is served by vLLM only: engine is transformers; use weights: merged",
+        ),
+        (
+            tree(rollout={"weights": "adapter"}, model={"adapter": {"kind": "full"}}),
+            "config: stage 'rl': rollout.weights: adapter, but it trains all weights: use merged",
+        ),
+        (
+            tree(rollout={"transport": "nccl"}),
+            "config: rollout: transport: nccl needs GPUs: gpus_per_replica is 0; use objects, or gloo",
+        ),
+        (
+            tree(rollout={"transport": "nccl", "gpus_per_replica": 1}),
+            "config: rollout.transport: nccl needs learners on GPUs: learner.use_gpu is false",
+        ),
+        (
+            tree(rollout={"transport": "nccl", "gpus_per_replica": 2, "tensor_parallel_size": 2}),
+            "config: rollout: transport: nccl sends to engines on one GPU: with tensor_parallel_size above 1 use objects",
+        ),
         (stage({"steps": True}), "config: stages.0.privacy.steps: should not be true"),
         (stage({"epsilon": "six"}), "config: stages.0.privacy.epsilon: should be a number (got 'six')"),
         ({"stages": []}, "config: stages: should have at least 1"),
