@@ -641,8 +641,8 @@ class RunConfig(Section):
         if self.rollout.transport == "nccl" and not self.learner.use_gpu:
             raise ValueError("rollout.transport: nccl needs learners on GPUs: learner.use_gpu is false")
         for s in self.stages:
-            if s.kind == "rl" and self.rollout.weights == "adapter" and self.adapter_of(s).kind == "full":
-                raise ValueError(f"stage {s.name!r}: rollout.weights: adapter, but it trains all weights: use merged")
+            if s.kind == "rl" and self.rollout.weights == "adapter":
+                self._check_served(s.name, self.adapter_of(s))
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ: {names}")
@@ -656,6 +656,16 @@ class RunConfig(Section):
                     f"{self.dataset_of(s.data)!r} has unit {first[0]}: one data set has one unit"
                 )
         return self
+
+    def _check_served(self, stage: str, adapter: AdapterConfig) -> None:
+        """vLLM serves no other adapters."""
+        served = f"stage {stage!r}: rollout.weights: adapter, but"
+        if adapter.kind == "full":
+            raise ValueError(f"{served} it trains all weights: use merged")
+        if adapter.rank > 512:
+            raise ValueError(f"{served} its rank is {adapter.rank}, above 512: use merged")
+        if "lm_head" in adapter.target_modules:
+            raise ValueError(f"{served} it trains lm_head, with which engines could not be checked: use merged")
 
     def _check_stage(self, s: AnyStage, earlier: Sequence[AnyStage], budgets: Mapping[str, BudgetConfig]) -> None:
         for name in (s.data, *([s.heldout] if s.heldout else [])):

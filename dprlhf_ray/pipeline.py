@@ -15,7 +15,7 @@ from dprlhf_ray.actors.learner import CHECK_SEQUENCES, LearnerSpec
 from dprlhf_ray.actors.learner_group import LearnerGroup
 from dprlhf_ray.actors.roles import ask, start_accountant, start_scorer
 from dprlhf_ray.collect import Records, Rollouts, Source
-from dprlhf_ray.config import AdapterConfig, AnyStage, RunConfig
+from dprlhf_ray.config import AnyStage, RunConfig
 from dprlhf_ray.data.preflight import check_population, preflight
 from dprlhf_ray.data.sources import load_public_prompts, public_records
 from dprlhf_ray.data.units import StageData, load_stage_data
@@ -122,7 +122,7 @@ def _roles(
         if stage.kind == "rl":
             roles.fleet = Fleet(
                 str(start), config.rollout, stage.generation, config.model.dtype, sequences[:CHECK_SEQUENCES],
-                namespace=namespace, lora_rank=_lora_rank(config.adapter_of(stage)),
+                namespace=namespace, adapter=config.adapter_of(stage),
             )  # fmt: skip
             control = Control(here.root, roles.fleet)
             if config.learner.use_gpu and config.rollout.gpus_per_replica:
@@ -139,10 +139,6 @@ def _roles(
             roles.fleet.stop()
         if roles.scorer is not None:
             ray.kill(roles.scorer)
-
-
-def _lora_rank(adapter: AdapterConfig) -> int:
-    return 1 if adapter.kind == "steering" else adapter.rank
 
 
 def public_sequences(config: RunConfig, stage: AnyStage, tokenizer: Any) -> tuple[tuple[int, ...], ...]:

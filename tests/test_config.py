@@ -87,7 +87,8 @@ def line_of(refused: Callable[[], Any]) -> str:
         ),
         (
             tree(rollout={"transport": "nccl", "gpus_per_replica": 2, "tensor_parallel_size": 2}),
-            "config: rollout: transport: nccl sends to engines on one GPU: with tensor_parallel_size above 1 use objects",
+            "config: rollout: transport: nccl sends to engines on one GPU: with tensor_parallel_size above 1 use "
+            "objects",
         ),
         (stage({"steps": True}), "config: stages.0.privacy.steps: should not be true"),
         (stage({"epsilon": "six"}), "config: stages.0.privacy.epsilon: should be a number (got 'six')"),

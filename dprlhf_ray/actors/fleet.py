@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dprlhf_ray.actors.replicas import Published, Replicas
 from dprlhf_ray.actors.rollout import Failure, RolloutActor
 from dprlhf_ray.actors.sync_check import LogProbs
-from dprlhf_ray.config import GenerationConfig, RolloutConfig
+from dprlhf_ray.config import AdapterConfig, GenerationConfig, RolloutConfig
 from dprlhf_ray.errors import RolloutFailed, SyncFailed
 from dprlhf_ray.records import Completion
 from dprlhf_ray.transport import Handle
@@ -40,7 +40,7 @@ class Fleet:
         chunk_timeout_s: float = 600.0,
         recovery_timeout_s: float = 300.0,
         max_restarts: int = 20,
-        lora_rank: int = 0,
+        adapter: AdapterConfig | None = None,
         actor_class: type[RolloutActor] = RolloutActor,
     ) -> None:
         """Nothing starts before `start`.
@@ -51,12 +51,12 @@ class Fleet:
             chunk_timeout_s: a replica that takes longer for one chunk of prompts counts as hung and is replaced.
             recovery_timeout_s: how long to wait for any replica before a call fails; also one replica's start-up limit.
             max_restarts: over the whole run; more than these are a defect, not bad luck.
-            lora_rank: of the adapter that engines serve, where `rollout.weights` says so.
+            adapter: what trains, and is served where `rollout.weights` says so.
             actor_class: what a replica runs; tests inject faults here.
         """
         self.check_sequences = [tuple(s) for s in check_sequences]
         self._chunk_timeout_s = chunk_timeout_s
-        build = (str(model_path), rollout, generation, dtype, lora_rank)
+        build = (str(model_path), rollout, generation, dtype, adapter)
         self._ending = threading.Event()
         self._replicas = Replicas(
             build, rollout, self.check_sequences, namespace, recovery_timeout_s, max_restarts, actor_class,

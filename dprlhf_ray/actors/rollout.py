@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dprlhf_ray.actors.engines import build_engine
-from dprlhf_ray.config import GenerationConfig, RolloutConfig
+from dprlhf_ray.config import AdapterConfig, GenerationConfig, RolloutConfig
 from dprlhf_ray.errors import WeightsLost, place_of
 from dprlhf_ray.records import Completion
 from dprlhf_ray.transport import Handle
@@ -32,9 +32,14 @@ class RolloutActor:
     """One replica. The fleet calls its methods through `apply`, as `FaultTolerantActorManager` does."""
 
     def __init__(
-        self, model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str, lora_rank: int = 0
+        self,
+        model_path: str,
+        rollout: RolloutConfig,
+        generation: GenerationConfig,
+        dtype: str,
+        adapter: AdapterConfig | None = None,
     ) -> None:
-        self._engine = build_engine(model_path, rollout, generation, dtype, lora_rank)
+        self._engine = build_engine(model_path, rollout, generation, dtype, adapter or AdapterConfig())
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `func(self, ...)`. An error comes back as a `Failure`; the process lives on and nothing is logged."""

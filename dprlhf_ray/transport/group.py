@@ -31,7 +31,8 @@ from dprlhf_ray.transport.base import Handle, Tensors
 
 Backend = Literal["nccl", "gloo"]
 PATIENCE = 120.0  # seconds for one engine's transfer
-_POLL = 0.5  # seconds
+_GREETING = 10.0  # seconds until a publisher that does not even take a connection counts as dead
+_POLL = 0.05  # seconds
 _ASKED = "asked"  # queue of requests in the store
 
 
@@ -62,6 +63,8 @@ class GroupHandle(Handle):
             raise WeightsLost(f"weight version {self.version} could not be had ({type(e).__name__})") from None
 
     def _fetch(self, deadline: float) -> Tensors:
+        with socket.create_connection((self.host, self.port), timeout=_GREETING):
+            pass  # TCPStore would try a dead publisher until the deadline
         store = _connect(self.host, self.port, deadline)
         name = secrets.token_hex(8)
         store.queue_push(_ASKED, json.dumps({"name": name, "version": self.version}))
@@ -130,7 +133,7 @@ class GroupPublisher:
         store = _connect(self._host, self._port, time.monotonic() + self._patience)
         while not self._closed.is_set():
             if not store.queue_len(_ASKED):
-                self._closed.wait(_POLL / 10)
+                self._closed.wait(_POLL)
                 continue
             with contextlib.suppress(ValueError, KeyError, TypeError):  # not a request of ours
                 asked = json.loads(store.queue_pop(_ASKED, block=False))

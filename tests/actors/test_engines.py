@@ -24,13 +24,13 @@ PROMPTS = [(20 + i, 30, 40) for i in range(24)]
 NEW_TOKENS = 8
 
 
-def start(folder: Path, engine: str, temperature: float = 1.0, lora_rank: int = 0, **more: Any) -> Any:
+def start(folder: Path, engine: str, temperature: float = 1.0, adapter: Any = None, **more: Any) -> Any:
     rollout = RolloutConfig(engine=engine, max_model_len=64, max_num_seqs=16, kv_cache_gib=0.1, threads=1, **more)
     generation = GenerationConfig(max_new_tokens=NEW_TOKENS, temperature=temperature)
     return (
         ray.remote(RolloutActor)
         .options(num_cpus=0, runtime_env={"env_vars": environment(rollout)})
-        .remote(str(folder), rollout, generation, "float32", lora_rank)
+        .remote(str(folder), rollout, generation, "float32", adapter)
     )
 
 

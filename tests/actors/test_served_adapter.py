@@ -23,7 +23,7 @@ def test_a_served_adapter_answers_as_the_learner_does_at_each_of_three_versions(
     the one that learns."""
     config = ModelConfig(dtype="float32", adapter=AdapterConfig(kind=kind, rank=2, alpha=5.0, layers=(1, 3)))
     policy = load_policy(tiny_model, config, 0)
-    actor = start(tiny_model, "vllm", weights="adapter", lora_rank=2)
+    actor = start(tiny_model, "vllm", weights="adapter", adapter=config.adapter)
     seen = []
     for version in range(3):
         handle = ObjectPublisher().publish(version, adapters.served_factors(policy.model))

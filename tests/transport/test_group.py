@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -75,6 +77,16 @@ def test_a_version_that_is_no_longer_held_and_a_publisher_that_is_gone_are_said_
     with pytest.raises(WeightsLost):
         handles[2].fetch()
     assert time.monotonic() - started < 10
+
+
+def test_a_publisher_that_died_is_noticed_at_once(publisher: GroupPublisher) -> None:
+    handle = publisher.publish(1, weights(1))
+    with socket.create_server((HOST, 0)) as free:
+        port = free.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(WeightsLost):
+        replace(handle, port=port).fetch()
+    assert time.monotonic() - started < 5, "it waited for a dead learner"
 
 
 def test_numbers_that_were_damaged_on_the_way_are_refused(publisher: GroupPublisher) -> None:

@@ -18,19 +18,25 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from dprlhf_ray.config import AdapterConfig
+
 SHARED_MEMORY = "/dev/shm"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates
 
 
-def settings(rank: int) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for adapters of a rank.
+def settings(adapter: AdapterConfig) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for versions of an adapter.
 
-    Raises:
-        ValueError: vLLM serves none of this rank.
+    Only its own matrices are made ready for one: vLLM's head for adapters cannot score a prompt's tokens.
     """
-    if (most := next((r for r in RANKS if r >= rank), None)) is None:
-        raise ValueError(f"vLLM serves adapters of rank {RANKS[-1]} at most, not {rank}: use rollout.weights: merged")
-    return {"enable_lora": True, "max_lora_rank": most, "max_loras": 1, "max_cpu_loras": 1}
+    rank = 1 if adapter.kind == "steering" else adapter.rank
+    return {
+        "enable_lora": True,
+        "max_lora_rank": next(r for r in RANKS if r >= rank),
+        "max_loras": 1,
+        "max_cpu_loras": 1,
+        "lora_target_modules": list(adapter.target_modules),
+    }
 
 
 class ServedAdapter:

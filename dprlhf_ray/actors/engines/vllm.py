@@ -15,7 +15,7 @@ import torch
 
 from dprlhf_ray.actors.engines import served_adapter
 from dprlhf_ray.actors.engines.base import Engine, Sampled, key_generator
-from dprlhf_ray.config import GenerationConfig, RolloutConfig
+from dprlhf_ray.config import AdapterConfig, GenerationConfig, RolloutConfig
 
 _EXTENSION = f"{__name__}.WorkerExtension"
 
@@ -60,9 +60,9 @@ class VllmEngine(Engine):
     """vLLM, without its own scheduler process, tokenizer, logs or usage reports."""
 
     def __init__(
-        self, model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str, lora_rank: int = 0
+        self, model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str, adapter: AdapterConfig
     ) -> None:
-        """lora_rank: of the adapter that `rollout.weights` wants served."""
+        """adapter: what trains, for `rollout.weights`."""
         super().__init__(model_path, rollout, generation, dtype)
         for key, value in environment(rollout).items():
             os.environ.setdefault(key, value)
@@ -81,7 +81,7 @@ class VllmEngine(Engine):
         if rollout.tensor_parallel_size > 1:  # in a placement group vLLM would ask Ray for more of them
             settings["distributed_executor_backend"] = "mp"
         if rollout.weights == "adapter":
-            settings |= served_adapter.settings(lora_rank)
+            settings |= served_adapter.settings(adapter)
         self._llm = LLM(
             model=model_path,
             skip_tokenizer_init=True,
