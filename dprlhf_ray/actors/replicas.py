@@ -214,25 +214,31 @@ class Replicas:
             _log.info("%s serves", replica.name)
 
     def _failed(self, replica: Replica, failure: Failure) -> None:
-        """Replace a replica that failed; where the weights are gone, no other could load them either.
+        """Replace a replica that failed; where the weights are gone, it has not, and the next version will do.
 
         Raises:
-            WeightsLost: they are.
+            WeightsLost: they are. RolloutFailed: too often.
         """
-        self.replace(replica, str(failure))
-        if failure.weights_lost:
-            raise WeightsLost(f"{replica.name} could not have the new weights ({failure})")
+        if not failure.weights_lost:
+            self.replace(replica, str(failure))
+            return
+        replica.bringing_up = []
+        self._count(replica, str(failure))
+        raise WeightsLost(f"{replica.name} could not have the new weights ({failure})")
 
     def replace(self, replica: Replica, reason: str) -> None:
         """End a replica that failed and start another in its place; RolloutFailed after too many."""
         self._remove(replica)
+        self._count(replica, reason)
+        _log.warning("%s failed: %s. A new one starts and is synced before it serves.", replica.name, reason)
+        if replica.slot < self.target:
+            self._create(replica.slot)
+
+    def _count(self, replica: Replica, reason: str) -> None:
         self.restarts += 1
         self._last_failure = f"{replica.name}: {reason}"
         if self.restarts > self._max_restarts:
             raise RolloutFailed(f"{replica.name} failed ({reason}); {self._max_restarts} restarts were used up")
-        _log.warning("%s failed: %s. A new one starts and is synced before it serves.", replica.name, reason)
-        if replica.slot < self.target:
-            self._create(replica.slot)
 
     def wait_for_one(self) -> None:
         """Until a replica serves; RolloutFailed when none does in time. The time in which all wait for their places

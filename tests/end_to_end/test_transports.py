@@ -12,7 +12,7 @@ from dprlhf_ray.stage_run import Roles
 from tests.end_to_end.runs import World, attempts
 from tests.end_to_end.test_faults import learner_processes, released_attempts
 
-STEPS = 4
+STEPS = 6
 
 
 @pytest.mark.slow
