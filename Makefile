@@ -13,7 +13,7 @@ BASE_PYTHON := $(shell for p in python3.11 python3 python; do \
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(PYTHON) -m pip --disable-pip-version-check install -qq --no-deps
 
-.PHONY: install quickstart test test-all faults lint format bench bench-ledger lock-gpu clean
+.PHONY: install quickstart test test-all faults lint format bench bench-ledger bench-scaling lock-gpu clean
 
 install: $(STAMP)
 
@@ -68,6 +68,10 @@ bench: $(BENCH_STAMP)
 
 bench-ledger: install
 	$(PYTHON) -m benchmarks.ledger
+
+bench-scaling: install
+	$(PYTHON) -m benchmarks.scaling
+	$(PYTHON) -m benchmarks.crowd
 
 # Resolves the top-level pins for Linux GPU machines (needs `pip install uv`); its comments become the lock's.
 lock-gpu:
