@@ -56,9 +56,10 @@ def test_the_object_store_is_in_memory_or_there_is_none(
 
 PRIVATE_RAY = """
 import json, os, stat, time
-import psutil, ray
+import psutil
 from dprlhf_ray import config_file
 from dprlhf_ray.actors import cluster
+from dprlhf_ray.actors.cluster import ray
 
 class Role:
     def ping(self):
