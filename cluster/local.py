@@ -22,13 +22,25 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dprlhf_ray.actors import token
+
 HOST = "127.0.0.1"
 PATIENCE, TRIES = 120.0, 3  # seconds for a node to come up, and how often it may try
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # As part of a cluster Ray replaces 127.0.0.1 by the machine's own address, and listens on all of them. So it is
+    # told that there are no clusters here, as is who connects; only `ray start` of a further node is not.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
+START = """
+from ray._private import ray_constants, services
+from ray.scripts.scripts import main
+ray_constants.ENABLE_RAY_CLUSTER = True
+services.resolve_ip_for_localhost = lambda host: host
+main()
+"""
 
 
 @dataclass
@@ -61,8 +73,9 @@ def cluster(nodes: int, cpus: int, labels: Sequence[str] = ()) -> Iterator[Local
         labels: of the workers, in order, e.g. "dprlhf-role=rollouts".
 
     Raises:
-        RuntimeError: a node did not come up.
+        RuntimeError: a node did not come up. ConfigError: Ray's token is in other hands.
     """
+    token.prepare(None)
     gcs, jobs = free_ports(2)
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     (folder / "overflow").mkdir()
@@ -113,7 +126,7 @@ def _start(found: LocalCluster, options: Sequence[str], cpus: int) -> None:
 
 def _command(found: LocalCluster, options: Sequence[str], cpus: int) -> list[str]:
     agent, agent_grpc, runtime_env, metrics = free_ports(4)
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *options]
+    command = [sys.executable, "-c", START, "start", "--block", *options]
     command += [f"--node-ip-address={HOST}", f"--num-cpus={cpus}", "--num-gpus=0", "--disable-usage-stats"]
     command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
     command += [f"--runtime-env-agent-port={runtime_env}", f"--metrics-export-port={metrics}"]

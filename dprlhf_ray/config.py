@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from dprlhf_ray.network import holds_database_password, holds_secret
+
 
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys are errors."""
@@ -353,7 +355,9 @@ class ScorerConfig(Section):
     stage: str | None = Field(None, description="reward_model: the earlier stage of this run that trained it")
     model: str | None = Field(None, description="reward_model, classifier: a folder or hub name, declared public")
     label: str | None = Field(None, description="classifier: the label whose log-odds are the reward, e.g. POSITIVE")
-    url: str | None = Field(None, description='http: POST {"prompt", "completion"} answers {"reward": number}')
+    url: str | None = Field(
+        None, description='http: POST {"prompt", "completion"} answers {"reward": number}; https, or this machine'
+    )
     sends_private_text: bool = Field(
         False, description="http: has to be true: prompts and completions leave the cluster, beyond the guarantee"
     )
@@ -370,6 +374,13 @@ class ScorerConfig(Section):
     )
     length_penalty: float = Field(0.0, ge=0, description="taken off per generated token, before the clip")
     missing_eos_penalty: float = Field(0.0, ge=0, description="taken off a completion cut at max_new_tokens")
+
+    @field_validator("url")
+    @classmethod
+    def _open(cls, value: str | None) -> str | None:
+        if value and holds_secret(value):
+            raise ValueError("a secret in it would be in config.yaml: leave it out, and set DPRLHF_SCORER_TOKEN")
+        return value
 
     @model_validator(mode="after")
     def _needs(self) -> ScorerConfig:
@@ -620,6 +631,8 @@ class RunConfig(Section):
     def _place(cls, value: str | None) -> str | None:
         if value and "://" in value and not value.startswith("postgresql"):
             raise ValueError("a URL means PostgreSQL (postgresql+psycopg://user@host/name): for SQLite, give a path")
+        if value and holds_database_password(value):
+            raise ValueError("a password in it would be in config.yaml: leave it out, and set PGPASSWORD or ~/.pgpass")
         return value
 
     @field_validator("data")

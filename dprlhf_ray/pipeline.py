@@ -224,8 +224,9 @@ def _tokenizer(config: RunConfig) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     path = resolve_model(config.model.name)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    most, rows = max(tokenizer.get_vocab().values()), AutoConfig.from_pretrained(path).get_text_config().vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    most, rows = max(tokenizer.get_vocab().values()), settings.get_text_config().vocab_size
     if most >= rows:
         raise ConfigError(
             f"model.name: the tokenizer of {config.model.name} has ids up to {most}, the model only {rows} embeddings: "

@@ -14,6 +14,7 @@ import yaml
 from dprlhf_ray import config_file
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.errors import ConfigError
+from dprlhf_ray.trust import check_own, check_own_tree
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,12 @@ def check_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
     """A run's folder, new or to be continued.
 
     Raises:
-        ConfigError: a run is there already and resume was not asked for; or its config differs.
+        ConfigError: a run is there already and resume was not asked for; its config differs; or another user could have
+            put something there.
     """
     here = RunDir(root.resolve())
+    if here.root.exists():
+        check_own(here.root, f"--output {root}")
     if here.config.exists():
         if not resume:
             raise ConfigError(
@@ -76,7 +80,20 @@ def check_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
             raise ConfigError(
                 f"--resume: {different[0]} differs from {here.config}; resume with the config it started with"
             )
+        check_checkpoints(here.root)
     return here
+
+
+def check_checkpoints(root: Path) -> None:
+    """DeepSpeed reads its checkpoints as pickles, which can run code: only the user's own are read.
+
+    Args:
+        root: the run directory.
+
+    Raises:
+        ConfigError: another user owns or can write one of them, or one is a link.
+    """
+    check_own_tree(root, "--resume", "checkpoints")
 
 
 def open_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
@@ -89,7 +106,8 @@ def open_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
     if here.config.exists():
         return here
     try:
-        here.root.mkdir(parents=True, exist_ok=True)
+        if not here.root.exists():
+            here.root.mkdir(mode=0o700, parents=True)
         write_atomically(here.root / "run_id", secrets.token_hex(8))
         write_atomically(here.config, config_file.dump(config))
     except OSError as e:

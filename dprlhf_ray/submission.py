@@ -29,6 +29,7 @@ from dprlhf_ray.config import RLStage, RunConfig
 from dprlhf_ray.data.columns import SUFFIXES
 from dprlhf_ray.errors import ConfigError, DprlhfError, place_of
 from dprlhf_ray.models.embedded import looks_local
+from dprlhf_ray.network import holds_secret, past_proxies, travels_open
 from dprlhf_ray.run_dir import write_atomically
 
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a job
@@ -150,8 +151,9 @@ def client(address: str) -> Any:
     """Of the cluster's job server.
 
     Raises:
-        ConfigError: nobody answers there, or it wants another token.
+        ConfigError: nobody answers there, it wants another token, or there is none that only this user can write.
     """
+    from dprlhf_ray.actors import token
     from dprlhf_ray.actors.cluster import ray  # first: sets Ray's environment, which its job client reads
 
     for chatty in ("ray.dashboard.modules", "ray._private.runtime_env"):
@@ -159,9 +161,20 @@ def client(address: str) -> Any:
     job_submission = importlib.import_module(f"{ray.__name__}.job_submission")
     if not address.startswith(("http://", "https://")):
         raise ConfigError(f"--address {address}: write the dashboard's address, with http://; it is not Ray's own port")
+    if holds_secret(address):
+        raise ConfigError("--address: a secret in the URL would be shown and logged: leave it out")
+    past_proxies()
+    if travels_open(address):
+        print(
+            f"dprlhf: --address {address}: the cluster's token travels unencrypted, for whoever is on the way: use "
+            "https, or an SSH tunnel to 127.0.0.1",
+            file=sys.stderr,
+            flush=True,
+        )
     for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         if os.environ.get(variable, address) != address:
             raise ConfigError(f"--address: {variable} is set and would win over it: unset it")
+    token.prepare(address)
     try:
         return job_submission.JobSubmissionClient(address)
     except Exception as e:  # ConnectionError, RuntimeError with the server's answer, ValueError of a bad address

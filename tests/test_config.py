@@ -178,6 +178,22 @@ def line_of(refused: Callable[[], Any]) -> str:
             tree(ledger="postgresql+psycopg://user@host/name"),
             "config: ledger_key is required with a database URL: the path of a file only you can read",
         ),
+        *(
+            (
+                tree(ledger=url, ledger_key="/k"),
+                "config: ledger: a password in it would be in config.yaml: leave it out, and set PGPASSWORD or "
+                "~/.pgpass",
+            )
+            for url in ("postgresql+psycopg://u:s3/c@host/name", "postgresql+psycopg://u@host/name?password=s3c")
+        ),
+        *(
+            (
+                stage(scorer={"kind": "http", "sends_private_text": True, "url": url}),
+                "config: stages.0.scorer.url: a secret in it would be in config.yaml: leave it out, and set "
+                "DPRLHF_SCORER_TOKEN",
+            )
+            for url in ("https://u:s3c@host/", "https://s3c@host/", "https://host/score?api_key=s3c")
+        ),
     ],
 )
 def test_bad_values_are_one_line_that_names_key_fault_and_remedy(bad: dict[str, Any], says: str) -> None:

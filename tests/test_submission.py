@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -93,6 +94,38 @@ def test_only_the_config_and_the_scorer_s_code_travel(tmp_path: Path, monkeypatc
     }]))  # fmt: skip
     with pytest.raises(ConfigError, match=r"stages\.0\.scorer\.function: no module 'nowhere_to_be_found'"):
         submission.modules(missing)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        (
+            "http://head.example:8265",
+            "dprlhf: --address http://head.example:8265: the cluster's token travels unencrypted",
+        ),
+        ("https://head.example:8265", ""),
+        ("http://127.0.0.1:8265", ""),
+    ],
+)
+def test_a_token_that_travels_unencrypted_is_told(
+    address: str, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda address: address)
+    assert submission.client(address) == address
+    err = capfd.readouterr().err
+    assert err.startswith(said) and len(err.splitlines()) == bool(said)
+    assert os.environ["no_proxy"].startswith("127.0.0.1")
+
+
+def test_an_address_with_a_password_is_refused_and_not_shown() -> None:
+    with pytest.raises(ConfigError, match="^--address: a secret in the URL") as e:
+        submission.client("http://me:s3c@head.example:8265")
+    assert "s3c" not in str(e.value)
 
 
 class Server:

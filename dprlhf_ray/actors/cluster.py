@@ -9,11 +9,13 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from dprlhf_ray.actors import token
 from dprlhf_ray.config import RunConfig
-from dprlhf_ray.errors import DprlhfError
+from dprlhf_ray.errors import ConfigError, DprlhfError
+from dprlhf_ray.network import past_proxies
 
 # before ray is imported: tokens for every connection, the second generation of Ray Train
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -23,8 +25,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+from ray._private import ray_constants
+from ray._private.utils import estimate_available_memory, resolve_object_store_memory
 
 SHARED_MEMORY = "/dev/shm"
+SHARE_OF_SHARED_MEMORY = 0.95
 START_TRIES = 3
 
 
@@ -53,37 +58,86 @@ def session(config: RunConfig) -> Iterator[str]:
         "logging_level": logging.ERROR,
         "runtime_env": {"env_vars": worker_env},
     }
-    scratch, overflow = "", None
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, **common)
-    else:
-        scratch = tempfile.mkdtemp(prefix="ray-")
-        # What a full object store would map to files goes to memory too. Where there is no such folder (not Linux), Ray
-        # uses the scratch folder.
-        overflow = tempfile.mkdtemp(prefix="ray-", dir=SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else None
-        _start_local(
-            num_cpus=max(os.cpu_count() or 1, config.learner.num_workers),
-            include_dashboard=config.ray.dashboard,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            _system_config={"automatic_object_spilling_enabled": False},  # no private text spilled to disk
-            _temp_dir=scratch,
-            object_spilling_directory=overflow,
-            **common,
-        )
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how schedulers stop a job: the same as Ctrl-C
+    token.prepare(address)
+    past_proxies()
+    with ExitStack() as ended:
+        if address:
+            ended.callback(ray.shutdown)
+            ray.init(address=address, **common)
+        else:
+            ended.enter_context(_private_ray(config, common))
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # how schedulers stop a job: the same as Ctrl-C
+        yield namespace
+
+
+@contextmanager
+def _private_ray(config: RunConfig, common: dict[str, Any]) -> Iterator[None]:
+    """A Ray of this run's own, for this user and this machine only.
+
+    Raises:
+        ConfigError: its object store does not fit into memory. DprlhfError: it did not start.
+    """
+    memory = object_store_memory()
+    scratch = tempfile.mkdtemp(prefix="ray-")
+    overflow = tempfile.mkdtemp(prefix="ray-", dir=SHARED_MEMORY)
     failed = True
     try:
-        yield namespace
+        with _loopback_only():
+            _start_local(
+                num_cpus=max(os.cpu_count() or 1, config.learner.num_workers),
+                include_dashboard=config.ray.dashboard,
+                dashboard_host="127.0.0.1",
+                _node_ip_address="127.0.0.1",
+                _system_config={"automatic_object_spilling_enabled": False},  # no private text spilled to disk
+                _temp_dir=f"{scratch}/r",  # Ray opens its folder to everybody (0777); the one around it stays closed
+                _plasma_directory=SHARED_MEMORY,
+                object_store_memory=memory,
+                object_spilling_directory=overflow,  # what a full object store maps to files is in memory too
+                **common,
+            )
+            yield
         failed = False
     finally:
         ray.shutdown()
-        if overflow:
-            shutil.rmtree(overflow, ignore_errors=True)
-        if scratch and not failed:
+        shutil.rmtree(overflow, ignore_errors=True)
+        if not failed:
             remove_scratch(scratch)
+
+
+def object_store_memory() -> int:
+    """Bytes of the object store of a private Ray: Ray's own choice, and no more than shared memory has free. Beyond
+    that Ray would put the store, and with it private text, on a disk.
+
+    Raises:
+        ConfigError: less is free than Ray takes.
+    """
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 0
+    fits = int(SHARE_OF_SHARED_MEMORY * free)
+    if fits < ray_constants.OBJECT_STORE_MINIMUM_MEMORY_BYTES:
+        raise ConfigError(
+            f"{SHARED_MEMORY}: {free >> 20} MiB are free, too little for Ray's object store, which would go to a disk: "
+            "make room for 1 GiB or more, in a container by --shm-size=4g"
+        )
+    return min(fits, resolve_object_store_memory(estimate_available_memory()))
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Ray, as part of a cluster, replaces 127.0.0.1 by the machine's own address, and then listens on all of them. With
+    this switch (for systems on which it has no clusters) it does not, nor do the processes that it starts."""
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    variable = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if variable is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = variable
 
 
 def _start_local(**settings: Any) -> None:

@@ -25,7 +25,7 @@ from dprlhf_ray.data.columns import (
 )
 from dprlhf_ray.data.embedded import part
 from dprlhf_ray.errors import ConfigError
-from dprlhf_ray.models.embedded import embedded_model_ready, looks_local
+from dprlhf_ray.models.embedded import check_weights, embedded_model_ready, looks_local
 from dprlhf_ray.stages.scoring import check_scorer
 
 _GIB = 2**30
@@ -198,10 +198,8 @@ def memory_gib() -> float:
 
 def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"model.name: {folder} has no .safetensors weights: save it with save_pretrained first")
-    for file in files:
+    check_weights(folder, "model.name")
+    for file in sorted(folder.glob("*.safetensors")):
         try:
             with file.open("rb") as raw:
                 (length,) = struct.unpack("<Q", raw.read(8))

@@ -45,7 +45,7 @@ def resolve_model(name: str) -> str | Path:
     "embedded" becomes the path of the embedded model; a local folder is checked; anything else is a hub name.
 
     Raises:
-        ConfigError: a local folder that does not exist or has no config.json.
+        ConfigError: a local folder that does not exist, or has no config.json or no safetensors.
     """
     if name == "embedded":
         return embedded_model_path()
@@ -53,10 +53,21 @@ def resolve_model(name: str) -> str | Path:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"model.name: {name} has no config.json: give a folder in Hugging Face format")
+        check_weights(path, "model.name")
         return path
     if looks_local(name):
         raise ConfigError(f"model.name: no folder {name}: give a folder there is, a hub name (org/model) or embedded")
     return name
+
+
+def check_weights(folder: Path, key: str) -> None:
+    """Refuse a local model without safetensors: other weights are pickles, which can run code.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{key}: {folder} has no .safetensors weights: save it with save_pretrained first")
 
 
 def looks_local(name: str) -> bool:

@@ -124,6 +124,7 @@ def load_frozen(auto: Any, path: str | Path, config: ModelConfig, longest: int, 
             path,
             dtype=getattr(torch, config.dtype),
             trust_remote_code=False,
+            use_safetensors=True,
             attn_implementation=attention,
             **settings,
         )
@@ -186,7 +187,7 @@ def exported_weights(model: nn.Module, base: nn.Module) -> dict[str, Tensor]:
 def load_base(auto: Any, path: str | Path, config: ModelConfig, **settings: Any) -> Any:
     """The base as the learner saw it: rounded to its dtype, then widened to float32."""
     dtype = getattr(torch, config.dtype)
-    return auto.from_pretrained(path, dtype=dtype, trust_remote_code=False, **settings).float()
+    return auto.from_pretrained(path, dtype=dtype, trust_remote_code=False, use_safetensors=True, **settings).float()
 
 
 def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -206,12 +207,14 @@ def write_start(folder: Path, dtype: str) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     merged, target, partial = folder / "merged", folder / dtype, folder / f".partial-{dtype}"
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        merged, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    )
     for p in model.parameters():  # a tied weight comes once, and stays tied
         p.data = adapters.round_to(p.data, getattr(torch, dtype))
     for path in (partial, target):
         shutil.rmtree(path, ignore_errors=True)
     model.save_pretrained(partial, safe_serialization=True)
-    AutoTokenizer.from_pretrained(merged).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(merged, trust_remote_code=False).save_pretrained(partial)
     os.replace(partial, target)
     return target

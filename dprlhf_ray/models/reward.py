@@ -81,7 +81,7 @@ def load_reward_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model = _classifier(load_frozen(AutoModelForCausalLM, path, config, longest))
     trained = adapters.attach(model, config.adapter, seed)

@@ -115,7 +115,7 @@ def _storage() -> Iterator[str]:
     if shm >= MIN_SHM_GIB:
         yield _ok(f"{shm:.1f} GiB of /dev/shm (Ray's object store)")
     else:
-        yield _lacks(f"/dev/shm ({shm:.2f} GiB; Ray falls back to disk)", "in a container: --shm-size=4g")
+        yield _lacks(f"/dev/shm ({shm:.2f} GiB; Ray's object store has to fit there)", "in a container: --shm-size=4g")
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ must be in synchronous_standby_names: that cannot be seen from here.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from dprlhf_ray.errors import ConfigError, LedgerDamaged, NoLedger
+from dprlhf_ray.network import holds_database_password, is_loopback
 
 BUSY_SECONDS = 30
 
@@ -113,6 +115,7 @@ def connect(
     except ArgumentError:
         raise ConfigError("ledger: not a database URL; a file path, or postgresql+psycopg://user@host/name") from None
     if where.get_backend_name() == "postgresql":
+        _check_server(where, str(url))
         if key_path is None:
             raise ConfigError("ledger: a database other than a SQLite file needs the path of a key file")
         return _postgresql(where), Path(key_path)
@@ -128,6 +131,30 @@ def connect(
     if anchor_file is not None and path.parent in anchor_file.resolve().parents:
         raise ConfigError(f"ledger_anchor: {anchor_file}: in the ledger's own directory it tells nothing; elsewhere")
     return _sqlite(path, read_only), Path(key_path) if key_path is not None else path.with_suffix(".key")
+
+
+def _check_server(where: URL, url: str) -> None:
+    """A password is in no URL; and a server on another machine proves, by its certificate, that it is that server: the
+    password goes to it, and an impostor would acknowledge charges and forget them.
+
+    Raises:
+        ConfigError: in one line, without the URL.
+    """
+    if holds_database_password(url):
+        raise ConfigError("ledger: a password in the URL would be shown and logged: set PGPASSWORD or ~/.pgpass")
+    asked = dict(where.normalized_query)
+    named = [value for key in ("host", "hostaddr", "service") for value in asked.get(key, ())]
+    named += [where.host] if where.host else []
+    variables = ("PGHOSTADDR",) if named else ("PGHOST", "PGHOSTADDR", "PGSERVICE")  # libpq's, where the URL is silent
+    named += [value for name in variables if (value := os.environ.get(name))]
+    mode = asked.get("sslmode", (os.environ.get("PGSSLMODE", ""),))[-1]
+    for host in ",".join(named).split(",") if named and mode != "verify-full" else ():
+        here = host.startswith(("/", "@")) or is_loopback(host) or is_loopback(re.sub(r":\d+$", "", host))
+        if not here:
+            raise ConfigError(
+                f"ledger: {host}: nothing proves that this server is the right one: set PGSSLMODE=verify-full (and "
+                "PGSSLROOTCERT), or sslmode in the URL"
+            )
 
 
 def _postgresql(where: URL) -> Engine:

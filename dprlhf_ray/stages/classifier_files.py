@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from dprlhf_ray.errors import ConfigError
-from dprlhf_ray.models.embedded import looks_local
+from dprlhf_ray.models.embedded import check_weights, looks_local
 
 
 def check_classifier(name: str, label: str | None) -> None:
@@ -29,6 +29,7 @@ def check_classifier(name: str, label: str | None) -> None:
         raise ConfigError(f"scorer.model: {folder / 'config.json'} is not valid JSON of a model config") from None
     if not kind.endswith("ForSequenceClassification"):
         raise ConfigError(f"scorer.model: {name}: {kind}: should be a ...ForSequenceClassification")
+    check_weights(folder, "scorer.model")
     check_labels(name, labels, label)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,9 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from dprlhf_ray.errors import ConfigError, DprlhfError
+from dprlhf_ray.network import travels_open
 
+TOKEN = "DPRLHF_SCORER_TOKEN"  # environment variable of the scorer's process, sent as a bearer token
 TIMEOUT = 60.0  # seconds of silence
 PAUSES = (0.5, 2.0, 8.0)  # seconds before each repetition
 _AT_ONCE = 8
@@ -43,6 +46,9 @@ class HttpScorer:
 
     def __init__(self, url: str) -> None:
         self._url, self._opener = url, build_opener(ProxyHandler({}), _NoRedirect)
+        self._headers = {"Content-Type": "application/json"}
+        if token := os.environ.get(TOKEN):
+            self._headers["Authorization"] = f"Bearer {token}"
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -65,7 +71,7 @@ class HttpScorer:
         for pause in (0.0, *PAUSES):
             time.sleep(pause)
             try:
-                request = Request(self._url, body, {"Content-Type": "application/json"})
+                request = Request(self._url, body, self._headers)
                 with self._opener.open(request, timeout=TIMEOUT) as answer:
                     return _reward(answer.read()), None
             except HTTPError as e:
@@ -86,7 +92,7 @@ def _reward(answer: bytes) -> float | None:
 
 
 def check_url(url: str) -> None:
-    """Refuse what is no http(s) URL.
+    """Refuse what is no http(s) URL, and http to another machine.
 
     Raises:
         ConfigError: without the URL, which may hold a password.
@@ -98,4 +104,11 @@ def check_url(url: str) -> None:
     except ValueError:
         good = False
     if not good:
-        raise ConfigError("scorer.url: no URL of an endpoint: write http://host:port/path or https://host/path")
+        raise ConfigError(
+            "scorer.url: no URL of an endpoint: write https://host/path, or http://127.0.0.1:port/path on this machine"
+        )
+    if travels_open(url):
+        raise ConfigError(
+            f"scorer.url: prompts and completions would travel to {parts.hostname} unencrypted: use https (http is for "
+            "this machine only)"
+        )

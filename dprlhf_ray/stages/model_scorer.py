@@ -40,9 +40,9 @@ class ModelScorer:
         source = folder if folder.exists() else str(path)
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+                source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
+            self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as e:
             raise ConfigError(f"scorer.model: cannot load {path}: {str(e).splitlines()[0]}") from None
         if info["missing_keys"]:

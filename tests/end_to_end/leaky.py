@@ -140,7 +140,7 @@ def main() -> None:
     learner_group._worker = leaky_worker(SEEN)
     collect.Rollouts.collect = crash  # type: ignore[method-assign]
     pipeline.run = lambda *a: run(*a, on_step=on_step)  # type: ignore[assignment]
-    ray.init = lambda **options: start(object_store_memory=STORE, **options)
+    ray.init = lambda **options: start(**options | {"object_store_memory": STORE})
     sys.argv = ["dprlhf", "run", config, "--output", str(out)]
     cli.main()
 

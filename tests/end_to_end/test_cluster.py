@@ -57,6 +57,13 @@ def _kill(node: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
+def test_the_nodes_listen_on_this_machine_only(nodes: local.LocalCluster) -> None:
+    """False: whoever reaches the machine reaches Ray's ports."""
+    family = [p for node in nodes.nodes for p in psutil.Process(node.pid).children(recursive=True)]
+    listening = [c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == "LISTEN"]
+    assert len(listening) > 12 and {ip.removeprefix("::ffff:") for ip in listening} == {local.HOST}
+
+
 def test_a_job_s_bad_input_comes_back_as_one_line_and_exit_code_2(
     world: World, tmp_path: Path, nodes: local.LocalCluster
 ) -> None:

@@ -143,6 +143,6 @@ def test_nothing_private_is_in_any_file_of_the_run_or_of_ray(done: Seen, world: 
     needles += [n for _, c in private if len(c.token_ids) > 6 for n in token_forms(c.token_ids)]
     rewards = [score(texts[ids], c.text) for ids, c in private if FAILS_ON not in texts[ids]]
     needles += [n for r in rewards for n in (repr(r)[:13].encode(), np.float64(r).tobytes())]
-    sessions = list(scratch.glob("ray-*/session_*/logs"))
+    sessions = list(scratch.glob("ray-*/r/session_*/logs"))
     assert sessions, "Ray's session folder is elsewhere: nothing was searched"
     assert leaks([done.root, scratch], needles) == []

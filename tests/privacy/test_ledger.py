@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from dprlhf_ray.errors import BudgetExhausted, ConfigError, LedgerDamaged
+from dprlhf_ray.privacy import store
 from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.ledger import Ledger
 from dprlhf_ray.privacy.mechanism import DPStep
@@ -245,6 +247,43 @@ def test_a_server_that_forgets_commits_by_default_is_made_to_keep_ours(postgresq
             assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == kept
             assert connection.exec_driver_sql("SHOW transaction_isolation").scalar() == "serializable"
         ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "variables", "refused"),
+    [
+        ("u:s3c@127.0.0.1/n", {}, "a password in the URL"),
+        ("u@/n?host=/tmp&password=s3c", {}, "a password in the URL"),
+        ("u@db.example/n", {}, "db.example: nothing proves"),
+        ("u@db.example/n?sslmode=require", {}, "db.example: nothing proves"),
+        ("u@db.example/n?sslmode=require", {"PGSSLMODE": "verify-full"}, "db.example: nothing proves"),
+        ("u@/n?host=127.0.0.1&host=db.example:5433", {}, "db.example:5433: nothing proves"),
+        ("u@/n?host=/tmp,10.0.0.9", {}, "10.0.0.9: nothing proves"),
+        ("u@127.0.0.1/n?hostaddr=10.0.0.9", {}, "10.0.0.9: nothing proves"),
+        ("u@/n", {"PGHOST": "db.example"}, "db.example: nothing proves"),
+        ("u@db.example/n?sslmode=verify-full", {}, None),
+        ("u@db.example/n", {"PGSSLMODE": "verify-full"}, None),
+        ("u@/n", {"PGHOST": "/run/postgresql"}, None),
+        ("u@localhost:5433/n", {}, None),
+        ("u@[::1]:5433/n", {}, None),
+        ("u:@/n?host=/tmp/socket", {}, None),
+    ],
+)
+def test_a_server_elsewhere_proves_that_it_is_the_right_one_and_no_password_is_in_a_url(
+    monkeypatch: pytest.MonkeyPatch, address: str, variables: dict[str, str], refused: str | None
+) -> None:
+    """False: whoever answers in a server's place gets the password, and acknowledges charges that it forgets."""
+    for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGSSLMODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    url = f"postgresql+psycopg://{address}"
+    if refused is None:
+        store.connect(url, "k", read_only=True)[0].dispose()
+    else:
+        with pytest.raises(ConfigError, match=f"^ledger: {re.escape(refused)}") as caught:
+            store.connect(url, "k", read_only=True)
+        assert "s3c" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_database_server_needs_a_key_path_and_an_answer(tmp_path: Path) -> None:

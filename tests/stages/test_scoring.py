@@ -236,18 +236,19 @@ def test_a_model_without_a_trained_head_is_refused(tiny_model: Path) -> None:
 
 
 @pytest.fixture
-def endpoint(
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Callable[[Callable[[dict[str, str]], tuple[int, bytes]]], str]]:
-    """Starts a real server that answers by a function of the body: (status, body); gives its URL."""
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Starts a real server that answers by a function of the body: (status, body); gives its URL. It notes the
+    Authorization of each request in a list, where there is one."""
     monkeypatch.setattr(http_scorer, "PAUSES", (0.01, 0.01))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # nobody is there: a request that goes by it fails
     monkeypatch.delenv("no_proxy", raising=False)
     servers = []
 
-    def start(answer: Callable[[dict[str, str]], tuple[int, bytes]]) -> str:
+    def start(answer: Callable[[dict[str, str]], tuple[int, bytes]], seen: list[str | None] | None = None) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                if seen is not None:
+                    seen.append(self.headers["Authorization"])
                 status, body = answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 self.send_response(status)
                 if 300 <= status < 400:
@@ -285,6 +286,15 @@ def test_an_endpoint_gets_one_record_per_request_and_its_refusals_stay_that_reco
     assert found == [1.0, None, 2.0, None, None, None, None, *map(float, range(20))]
     assert sorted(bodies[0]) == ["completion", "prompt"] and {b["prompt"] for b in bodies} == {"the prompt", PROBE[0]}
     assert sum(b["completion"] == "bad" for b in bodies) == 1 and sum(b["completion"] == "raises" for b in bodies) == 6
+
+
+def test_an_endpoint_s_secret_comes_from_the_environment(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    url = endpoint(lambda body: (200, b'{"reward": 0.5}'), seen)
+    for value, header in (("t0ken", "Bearer t0ken"), ("", None)):
+        monkeypatch.setenv(http_scorer.TOKEN, value)
+        assert HttpScorer(url).score([("p", "c")]) == [0.5]
+        assert seen.pop() == header and seen == []
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -363,7 +373,11 @@ def test_what_cannot_work_is_refused_before_the_run_in_one_line(
         ({"kind": "reward_model", "model": str(classifier)}, "has 3 labels"),
         ({"kind": "classifier", "model": str(classifier), "label": "FINE"}, "BAD, GOOD, ODD"),
         ({"kind": "http", "url": "scores.example/secret", "sends_private_text": True}, "^scorer.url: no URL"),
-        ({"kind": "http", "url": "http://me:secret@host/", "sends_private_text": True}, "^scorer.url: no URL"),
+        (
+            {"kind": "http", "url": "http://scores.example/", "sends_private_text": True},
+            "would travel to scores.example",
+        ),
+        ({"kind": "http", "url": "http://10.0.0.7:80/", "sends_private_text": True}, "unencrypted: use https"),
         ({"kind": "http", "url": "http://host:0x/secret", "sends_private_text": True}, "^scorer.url: no URL"),
     ]:
         with pytest.raises(ConfigError, match=message) as e:
@@ -378,6 +392,8 @@ def test_what_works_is_not_refused(reward_model: Path, classifier: Path) -> None
         {"kind": "reward_model", "stage": "not-run-yet"},
         {"kind": "reward_model", "model": "org/on-the-hub"},
         {"kind": "classifier", "model": str(classifier), "label": "ODD"},
-        {"kind": "http", "url": "https://[::1]:8080/score?x=1", "sends_private_text": True},
+        {"kind": "http", "url": "https://scores.example:8080/score?x=1", "sends_private_text": True},
+        {"kind": "http", "url": "http://[::1]:8080/score", "sends_private_text": True},
+        {"kind": "http", "url": "http://localhost/", "sends_private_text": True},
     ]:
         check_scorer(ScorerConfig.model_validate(fine))
