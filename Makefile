@@ -13,7 +13,7 @@ BASE_PYTHON := $(shell for p in python3.11 python3 python; do \
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(PYTHON) -m pip --disable-pip-version-check install -qq --no-deps
 
-.PHONY: install quickstart test test-all faults lint format bench bench-ledger bench-scaling lock-gpu clean
+.PHONY: install quickstart test test-all faults chaos lint format bench bench-ledger bench-scaling lock-gpu clean
 
 install: $(STAMP)
 
@@ -49,6 +49,9 @@ test-all: install $(TEST_STAMP)
 
 faults: install $(TEST_STAMP)
 	$(PYTHON) -m tests.broken.run
+
+chaos: install $(TEST_STAMP)
+	$(PYTHON) -m pytest -q --durations=0 tests/chaos
 
 lint: install
 	$(VENV)/bin/ruff check
