@@ -4,50 +4,34 @@ run directory, killed again and again, makes exactly the planned attempts."""
 from __future__ import annotations
 
 import contextlib
+import functools
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from dprlhf_ray import config_file
 from tests.chaos import oracle
 from tests.chaos.oracle import Seen
 from tests.chaos.plan import Case, Chaos, Fault
 from tests.chaos.runs import check, configured, private
-from tests.end_to_end.runs import Command, World, leaks, write_config
+from tests.end_to_end.runs import Command, World, leaks
 
 KILL = "signal:SIGKILL"
-NEXT = "next attempt"
 
 
 @dataclass(frozen=True)
 class Leg:
-    """A fault that ends the command. when: NEXT attempt, or None: wherever its point is passed first."""
+    """A fault that ends the command. paid: it strikes in the next attempt; else wherever its point is passed first."""
 
     fault: Fault
-    when: str | None = NEXT
-    code: int = -9
+    paid: bool = True
+    code: int = -signal.SIGKILL
     more: tuple[Fault, ...] = ()
-
-
-LEGS = [
-    Leg(Fault("driver-sigkill-at-bring-up", "driver.bring_up", "before", KILL), None),
-    Leg(Fault("driver-sigkill-between-charge-and-draw", "driver.draw", "before", KILL)),
-    Leg(Fault("driver-sigkill-between-generate-and-score", "driver.generate", "after", KILL)),
-    Leg(Fault("driver-sigkill-between-update-and-sync", "driver.call", "after", KILL, where={"method": "update"})),
-    Leg(Fault("driver-sigkill-between-sync-and-checkpoint", "driver.sync", "after", KILL)),
-    Leg(Fault("driver-sigkill-between-checkpoint-and-metrics", "driver.metrics", "before", KILL)),
-    Leg(Fault("driver-sigterm-while-replicas-generate", "driver.generate", "before", "signal:SIGTERM"), code=130),
-    Leg(Fault("driver-sigint-twice", "driver.draw", "after", "signal:SIGINT"), code=130,
-        more=(Fault("driver-sigint-again", "driver.stop", "before", "signal:SIGINT"),)),
-    Leg(Fault("driver-sigkill-between-export-and-finish", "driver.finish", "before", KILL), None),
-    Leg(Fault("driver-sigkill-before-the-certificate", "driver.certificate", "before", KILL), None),
-    Leg(Fault("driver-sigkill-between-certificate-and-cards", "driver.certificate", "after", KILL), None),
-    Leg(Fault("driver-sigkill-before-the-report", "driver.report", "before", KILL), None),
-]  # fmt: skip
-STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -62,18 +46,46 @@ class Ended:
     left: int
 
 
+RUNS = {
+    "draw": [
+        Leg(Fault("driver-sigkill-at-bring-up", "driver.bring_up", "before", KILL), False),
+        Leg(Fault("driver-sigkill-between-charge-and-draw", "driver.draw", "before", KILL)),
+        Leg(Fault("driver-sigkill-between-generate-and-score", "driver.generate", "after", KILL)),
+        Leg(Fault("driver-sigterm-while-replicas-generate", "driver.generate", "before", "signal:SIGTERM"), code=130),
+    ],
+    "update": [
+        Leg(Fault("driver-sigkill-between-update-and-sync", "driver.call", "after", KILL, where={"method": "update"})),
+        Leg(Fault("driver-sigkill-between-sync-and-checkpoint", "driver.sync", "after", KILL)),
+        Leg(Fault("driver-sigkill-between-checkpoint-and-metrics", "driver.metrics", "before", KILL)),
+        Leg(Fault("driver-sigint-twice", "driver.draw", "after", "signal:SIGINT"), code=130,
+            more=(Fault("driver-sigint-again", "driver.stop", "before", "signal:SIGINT"),)),
+    ],
+    "end": [
+        Leg(Fault("driver-sigkill-between-export-and-finish", "driver.finish", "before", KILL), False),
+        Leg(Fault("driver-sigkill-before-the-certificate", "driver.certificate", "before", KILL), False),
+        Leg(Fault("driver-sigkill-between-certificate-and-cards", "driver.certificate", "after", KILL), False),
+        Leg(Fault("driver-sigkill-before-the-report", "driver.report", "before", KILL), False),
+    ],
+}  # fmt: skip
+STEPS = {"draw": 4, "update": 5, "end": 1}
+Done = tuple[Case, Seen, dict[str, Ended]]
+
+
 @pytest.fixture(scope="module")
-def done(
-    chaos: Chaos, world: World, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Case, Seen, dict[str, Ended]]]:
-    case, folder = chaos.begin([]), tmp_path_factory.mktemp("driver")
-    root, found = folder / "out", {}
-    config = configured(world, "driver", STEPS)
-    settings = write_config(folder / "c.yaml", config.model_dump(mode="json"))
-    for leg in [*LEGS, None]:
+def done(chaos: Chaos, world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Done]:
+    """By name, a run directory that is ended by some of them in turn and then completed; made when it is asked for."""
+    return functools.cache(lambda name: made(name, chaos, world, tmp_path_factory.mktemp(name)))
+
+
+def made(name: str, chaos: Chaos, world: World, folder: Path) -> Done:
+    case, root = chaos.begin([]), folder / "out"
+    config = configured(world, f"driver-{name}", STEPS[name])
+    settings, found = folder / "c.yaml", {}
+    settings.write_text(config_file.dump(config))
+    for leg in [*RUNS[name], None]:
         before = len(oracle.charges(root / "ledger.db")) if (root / "ledger.db").exists() else 0
         faults = [] if leg is None else [leg.fault, *leg.more]
-        if leg is not None and leg.when == NEXT:
+        if leg is not None and leg.paid:
             faults[0] = replace(leg.fault, attempt=before + 1)
         case.plan(faults)
         command = Command("run", str(settings), "--output", str(root), *(["--resume"] if found else []))
@@ -86,32 +98,34 @@ def done(
         left = command.survivors()
         seen = check(case, config, root, world, done=leg is None)
         assert not any(mark in out + err for mark in world.marks)
-        if leg is None:
-            assert code == 0, err
-            break
-        struck = min(case.struck(f) for f in faults)
-        found[leg.fault.id] = Ended(code, err, before, len(seen.charged), struck, len(left))
+        assert leg is not None or code == 0, err
+        if leg is not None:
+            struck = min(case.struck(f) for f in faults)
+            found[leg.fault.id] = Ended(code, err, before, len(seen.charged), struck, len(left))
     chaos.end()
-    yield case, seen, found
+    return case, seen, found
 
 
-@pytest.mark.parametrize("leg", LEGS, ids=lambda leg: leg.fault.id)
-def test_a_driver_s_end(leg: Leg, done: tuple[Case, Seen, dict[str, Ended]]) -> None:
+@pytest.mark.parametrize(
+    ("name", "leg"), [pytest.param(n, leg, id=leg.fault.id) for n, legs in RUNS.items() for leg in legs]
+)
+def test_a_driver_s_end(name: str, leg: Leg, done: Callable[[str], Done]) -> None:
     """False: the signal did not strike, the command ended another way, something of it lives on, or the attempt in
     flight was not paid for."""
-    ended = done[2][leg.fault.id]
+    ended = done(name)[2][leg.fault.id]
     assert (ended.struck, ended.code, ended.left) == (1, leg.code, 0), ended.err
-    assert ended.after == ended.before + (leg.when == NEXT) or leg.fault.point == "driver.finish"
+    assert ended.after == ended.before + leg.paid or leg.fault.point == "driver.finish"
     if leg.code == 130:
         lines = [line for line in ended.err.splitlines() if line.startswith("dprlhf: ")]
         assert len(lines) == 1 and "--resume" in lines[0] and "Traceback" not in ended.err
 
 
-def test_attempts_that_were_cut_off_have_no_rows(done: tuple[Case, Seen, dict[str, Ended]]) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_attempts_that_were_cut_off_have_no_rows(name: str, done: Callable[[str], Done]) -> None:
     """False: a resumed run released an attempt of the one that was killed."""
-    _, seen, found = done
-    cut = {found[leg.fault.id].after for leg in LEGS if leg.when == NEXT}
-    assert not cut & set(seen.released) and seen.charged == list(range(1, STEPS + 1))
+    _, seen, found = done(name)
+    cut = {found[leg.fault.id].after for leg in RUNS[name] if leg.paid}
+    assert seen.charged == list(range(1, STEPS[name] + 1)) and seen.released == sorted(set(seen.charged) - cut)
 
 
 def test_nothing_private_is_in_ray_s_files(done: object, scratch: Path, world: World) -> None:

@@ -70,8 +70,9 @@ def refused(office: AccountantActor, says: str) -> None:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Place:
-    (tmp_path / "apart").mkdir()
-    return Place(str(tmp_path / "ledger.db"), tmp_path / "ledger.key", tmp_path / "apart" / "anchor")
+    for name in ("here", "apart"):
+        (tmp_path / name).mkdir()
+    return Place(str(tmp_path / "here" / "ledger.db"), tmp_path / "here" / "ledger.key", tmp_path / "apart" / "anchor")
 
 
 def _full(patch: pytest.MonkeyPatch, place: Place, office: AccountantActor) -> None:
