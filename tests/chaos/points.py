@@ -143,8 +143,10 @@ def _facts(point: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
         return {"attempt": args[1].attempt, "updates": args[1].updates}
     if point == "learner.update":
         return {"attempt": args[2], "rank": args[0].rank}
-    if point in ("learner.step", "learner.save"):
+    if point == "learner.step":
         return {"rank": args[0].rank}
+    if point == "learner.save":
+        return {"attempt": args[1], "rank": args[0].rank}
     if point == "driver.call":
         return {"method": args[1]}
     if point == "driver.metrics":

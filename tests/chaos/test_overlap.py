@@ -23,7 +23,7 @@ FAULTS = [
     Fault("ahead-replica-sigkill-while-generating", "replica.generate", "before", KILL, 3),
     Fault("ahead-learner-sigkill-between-redeem-and-noise", "learner.noise", "before", KILL, 4),
     Fault("ahead-accountant-sigkill-between-charge-and-reply", "accountant.charge", "after", KILL, 8),
-    Fault("ahead-learner-sigkill-amid-a-checkpoint", "learner.half_saved", "before", KILL, 11),
+    Fault("ahead-learner-sigkill-before-a-checkpoint", "learner.save", "before", KILL, 11),
     Fault("ahead-replica-hangs-while-generating", "replica.generate", "before", "signal:SIGSTOP", 13),
 ]
 STEPS, AHEAD = 14, 1

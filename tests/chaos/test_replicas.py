@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from dprlhf_ray import pipeline
 from dprlhf_ray.actors import control
 from dprlhf_ray.actors.fleet import Fleet
 from dprlhf_ray.stage_run import Roles
+from tests.chaos import points
 from tests.chaos.oracle import Seen
 from tests.chaos.plan import Case, Chaos, Fault
 from tests.chaos.runs import check, configured, private, run
@@ -42,6 +44,14 @@ STEPS = 12
 RESTARTS = {n: 1 for n in (1, 2, 3, 4, 5, 7, 8)} | {0: 2, 9: 2}
 
 
+def gone(pids: list[int], seconds: float = 10.0) -> bool:
+    """Whether processes have ended, after a while."""
+    deadline = time.monotonic() + seconds
+    while any(map(points.alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not any(map(points.alive, pids))
+
+
 @pytest.fixture(scope="module")
 def done(
     chaos: Chaos, one_ray: None, world: World, tmp_path_factory: pytest.TempPathFactory
@@ -54,10 +64,13 @@ def done(
 
     def look(attempt: int, roles: Roles) -> None:
         assert roles.fleet is not None
-        after[attempt] = roles.fleet.status()
+        hung = [
+            e["pid"] for f in FAULTS if f.attempt == attempt and f.action == STOP for e in case.passages("fault", f.id)
+        ]
+        after[attempt] = roles.fleet.status() | {"hung": gone(hung)}
 
     with pytest.MonkeyPatch.context() as patch:
-        impatient = functools.partial(Fleet, chunk_timeout_s=8.0, recovery_timeout_s=30.0, max_restarts=40)
+        impatient = functools.partial(Fleet, chunk_timeout_s=8.0, recovery_timeout_s=45.0, max_restarts=40)
         patch.setattr(pipeline, "Fleet", impatient)
         ended = run(config, root, on_step=look)
     chaos.end()
@@ -74,6 +87,7 @@ def test_a_replica_s_fault(fault: Fault, done: tuple[Case, Seen, dict[int, dict[
     attempt = fault.attempt or 0
     if attempt in RESTARTS or attempt == STEPS:
         assert case.came_back(fault, "replica") and after[STEPS]["restarts"] >= sum(RESTARTS.values())
+    assert after[max(1, attempt)]["hung"], "a replica that hung and was replaced still holds its memory"
     if fault.id == "replica-is-slow":
         assert after[attempt]["restarts"] == after[attempt - 1]["restarts"]
     if fault.id == "replica-added-while-generating":
