@@ -28,7 +28,7 @@ ENDS = [
     (Fault("disk-full-at-the-certificate", "driver.certificate", "before", FULL, 4), OSError),
     (Fault("disk-full-at-the-report", "driver.report", "before", FULL, 4), OSError),
 ]
-STEPS, FAILURES = 4, 3
+STEPS, FAILURES = 4, 2
 Done = tuple[Case, Seen, dict[str, BaseException | None]]
 
 
