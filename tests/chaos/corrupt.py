@@ -95,3 +95,24 @@ def scale_garbage(args: Any, result: Any) -> Any:
     (_run_dir() / "scale.json").write_bytes(b'\x00\xff{"rollouts": [[')
     time.sleep(1.5)
     return result
+
+
+def weights_gone(args: Any, _: Any) -> None:
+    """As the object store says it when a version's owner has died."""
+    from dprlhf_ray.errors import WeightsLost
+
+    raise WeightsLost("planted")
+
+
+def damaged(args: Any, tensors: dict[str, Any]) -> Any:
+    """One bit of one tensor is another, as memory or a network may make it."""
+    name = min(tensors)
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1).view(_torch().uint8)[0] ^= 1
+    return tensors
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch

@@ -55,6 +55,7 @@ TARGETS: dict[str, list[tuple[str, str]]] = {
         ("ScorerActor.__init__", "scorer.start"),
         ("ScorerActor.score", "scorer.score"),
     ],
+    "dprlhf_ray.transport.objects": [("ObjectHandle.fetch", "weights.fetch"), ("unpack", "weights.unpack")],
     "dprlhf_ray.stages.scoring": [("PythonFunction.score", "scorer.function")],
     "dprlhf_ray.stage_run": [("poisson_draw", "driver.draw"), ("_bring_up", "driver.bring_up")],
     "dprlhf_ray.actors.fleet": [("Fleet.generate", "driver.generate"), ("Fleet.sync", "driver.sync")],

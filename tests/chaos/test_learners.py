@@ -32,6 +32,8 @@ PUBLISH = [
           where={"method": "update"}),
     Fault("learner-noise-not-finite", "learner.noise", "after", "call:tests.chaos.corrupt:not_finite", 3, noises=1),
     Fault("learner-hangs-before-redeem", "learner.update", "before", "signal:SIGSTOP", 4, noises=0),
+    Fault("weights-gone-before-a-replica-has-them", "weights.fetch", "before", "call:tests.chaos.corrupt:weights_gone", 5,
+          noises=1),
 ]  # fmt: skip
 FILES = [
     Fault("learner-sigkill-before-a-checkpoint", "learner.save", "before", KILL, 2, noises=1),

@@ -34,6 +34,7 @@ FAULTS = [
     Fault("replica-raises-quoting-its-prompts", "replica.generate", "before", "quote", 7),
     Fault("replica-hangs-while-loading", "replica.load", "before", STOP, 8),
     Fault("replicas-sigkill-all-at-once", "driver.generate", "before", "kill:replica", 9),
+    Fault("weights-damaged-on-the-way", "weights.unpack", "after", "call:tests.chaos.corrupt:damaged", 10),
     Fault("replica-added-while-generating", "replica.generate", "before", "call:tests.chaos.corrupt:ask_for_three", 10),
     Fault("scale-request-is-garbage", "driver.generate", "before", "call:tests.chaos.corrupt:scale_garbage", 11),
     Fault("replicas-sigkill-before-the-last-evaluation", "driver.generate", "before", "kill:replica", 12,
@@ -85,7 +86,7 @@ def test_a_replica_s_fault(fault: Fault, done: tuple[Case, Seen, dict[int, dict[
     assert case.struck(fault) == 1
     assert seen.released == seen.charged == list(range(1, STEPS + 1))
     attempt = fault.attempt or 0
-    if attempt in RESTARTS or attempt == STEPS:
+    if attempt in RESTARTS or attempt == STEPS or "damaged" in fault.id:
         assert case.came_back(fault, "replica") and after[STEPS]["restarts"] >= sum(RESTARTS.values())
     assert after[max(1, attempt)]["hung"], "a replica that hung and was replaced still holds its memory"
     if fault.id == "replica-is-slow":
