@@ -13,7 +13,7 @@ from tests.chaos.plan import Case, Chaos, Fault
 from tests.chaos.runs import check, configured, private, run
 from tests.end_to_end.runs import World, leaks
 
-KILL = "signal:SIGKILL"
+KILL, GONE = "signal:SIGKILL", "call:tests.chaos.corrupt:weights_gone"
 BRING_UP = [
     Fault("learner-sigkill-at-bring-up", "learner.start", "after", KILL, 0),
     Fault("learner-sigkill-at-first-publish", "learner.publish", "after", KILL, 0),
@@ -32,8 +32,7 @@ PUBLISH = [
           where={"method": "update"}),
     Fault("learner-noise-not-finite", "learner.noise", "after", "call:tests.chaos.corrupt:not_finite", 3, noises=1),
     Fault("learner-hangs-before-redeem", "learner.update", "before", "signal:SIGSTOP", 4, noises=0),
-    Fault("weights-gone-before-a-replica-has-them", "weights.fetch", "before", "call:tests.chaos.corrupt:weights_gone", 5,
-          noises=1),
+    Fault("weights-gone-before-a-replica-has-them", "weights.fetch", "before", GONE, 5, noises=1),
 ]  # fmt: skip
 FILES = [
     Fault("learner-sigkill-before-a-checkpoint", "learner.save", "before", KILL, 2, noises=1),
