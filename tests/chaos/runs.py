@@ -17,8 +17,6 @@ from tests.chaos import oracle
 from tests.chaos.plan import Case
 from tests.end_to_end.runs import RECORDS, World, forms, leaks
 
-ROLES = ("accountant", "scorer-rl", "learner-mailbox-rl", *(f"rollout-{i}" for i in range(4)))
-
 
 def configured(world: World, name: str, steps: int, **changes: Any) -> RunConfig:
     """A small run under its own name; changes: as `World.tree`, or of the stage ("stage__privacy__steps")."""
@@ -53,16 +51,13 @@ def run(
 def clear(namespace: str) -> None:
     """End what is left of a run, and wait until its names are free: a driver's process would have ended."""
     gc.collect()
-    for name in ROLES:
-        with contextlib.suppress(ValueError):
-            ray.kill(ray.get_actor(name, namespace=namespace))
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with contextlib.suppress(ValueError):
-            ray.get_actor("accountant", namespace=namespace)
-            time.sleep(0.1)
-            continue
-        return
+    while named := [a["name"] for a in ray.util.list_named_actors(True) if a["namespace"] == namespace]:
+        assert time.monotonic() < deadline, named
+        for name in named:
+            with contextlib.suppress(ValueError):
+                ray.kill(ray.get_actor(name, namespace=namespace))
+        time.sleep(0.1)
 
 
 def check(
