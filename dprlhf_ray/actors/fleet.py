@@ -169,6 +169,8 @@ class Fleet:
             done = [r for r in results if r is not None]
             if len(done) != len(prompts):
                 raise RolloutFailed(f"{len(prompts) - len(done)} of {len(prompts)} records came back without an answer")
+            if any(len(row) not in (0, completions_per_prompt) for row in done):  # an engine gives all of them, or none
+                raise RolloutFailed("a replica answered with another number of completions than it was asked for")
             tokens = sum(len(c.token_ids) for row in done for c in row)
             self._tokens_per_second = tokens / max(time.monotonic() - started, 1e-9)
             return done

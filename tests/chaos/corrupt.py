@@ -27,6 +27,7 @@ def one_more_completion(args: Any, rows: list[Any]) -> Any:
 
 
 def one_completion_less(args: Any, rows: list[Any]) -> Any:
+    """A prompt has one completion of those that were asked for less."""
     return [rows[0][:-1], *rows[1:]]
 
 

@@ -40,7 +40,9 @@ RUNS = {
         End(Fault("replica-answers-outside-the-vocabulary", "replica.generate", "after", corrupt("outside_vocabulary")),
             None),
         End(Fault("replica-answers-a-completion-too-many", "replica.generate", "after", corrupt("one_more_completion")),
-            None),
+            RolloutFailed, "another number of completions"),
+        End(Fault("replica-answers-a-completion-less", "replica.generate", "after", corrupt("one_completion_less")),
+            RolloutFailed, "another number of completions"),
     ],
     "weights": [
         End(Fault("replica-loads-other-weights", "replica.load", "after", corrupt("other_weights")), SyncFailed,
