@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dprlhf_ray.actors.fleet import Fleet
+from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.run_dir import read_json, write_atomically
 
 REQUEST, ANSWER = "scale.json", ".fleet.json"  # the operator's, the driver's: operational, nothing private
@@ -75,5 +76,5 @@ class Control:
         try:
             found = read_json(self._run_dir / REQUEST)
             return {"rollouts": min(max(1, int(found["rollouts"])), MOST), "asked": int(found["asked"])}
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (ConfigError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
