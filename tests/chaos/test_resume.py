@@ -133,11 +133,6 @@ def evaluation_gone(root: Path, left: Left) -> None:
     (root / "evaluation-rl.json").unlink()
 
 
-def evaluation_cut_short(root: Path, left: Left) -> None:
-    path = root / "evaluation-rl.json"
-    path.write_text(path.read_text()[:40])
-
-
 def checkpoint_cut_short(root: Path, left: Left) -> None:
     for state in sorted(root.glob("checkpoints/rl/version-*"))[-1].rglob("*model_states.pt"):
         data = state.read_bytes()
@@ -163,7 +158,6 @@ DAMAGES: list[tuple[str, Callable[[Path, Left], None], type[Exception], str]] = 
     ("checkpoint-meta-cut-short", meta_cut_short, ConfigError, "meta.json"),
     ("metrics-ahead-of-the-ledger", metrics_ahead, LedgerDamaged, "released"),
     ("evaluation-file-gone", evaluation_gone, ConfigError, "restore it"),
-    ("evaluation-file-cut-short", evaluation_cut_short, ConfigError, "evaluation-rl.json"),
     ("checkpoint-state-cut-short", checkpoint_cut_short, LearnersFailed, ""),
 ]
 
