@@ -91,6 +91,7 @@ def certificate_problems(root: Path, config: RunConfig, population: int, charged
         wrong.append(f"epsilon {stage['epsilon']}, planned {planned}, target {stage['epsilon_target']}")
     if not (root / "models" / config.stages[0].name / "merged" / "model.safetensors").exists():
         wrong.append("no final model")
-    if "not certified yet" in (root / "models" / config.stages[0].name / "README.md").read_text():
-        wrong.append("the model's card does not have the certificate")
+    cards = [p.read_text() for p in (root / "models" / config.stages[0].name).rglob("README.md")]
+    if not cards or any("not certified yet" in card for card in cards):
+        wrong.append("the model's cards do not have the certificate")
     return wrong
