@@ -17,8 +17,12 @@ from tests.end_to_end.runs import World
 
 __all__ = ["chaos", "one_ray", "scratch", "world"]
 
-# read by Ray Train's controller: how soon a rank that hangs is noticed
-TRAIN = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
+# Read by Ray Train's controller: how soon a rank that hangs is noticed; and one actor less to start.
+TRAIN = {
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
