@@ -53,6 +53,7 @@ class Ledger:
         self._anchor_file = anchor_file
         self._key = b""
         self._state = ChainState()
+        self._file: tuple[int, int] | None = None
         self._mutex = threading.Lock()
         self._failed = False
 
@@ -272,6 +273,7 @@ class Ledger:
                 if kept:
                     kept.write(Mark(entry.seq, entry.hash))
             settle_key(self._key_path)
+            self._file = store.identity(self._engine)
         chain.apply(self._state, entry)
 
     def _append(self, *rows: Row) -> Entry:
@@ -297,6 +299,8 @@ class Ledger:
                     raise LedgerDamaged(
                         f"ledger anchor {kept.path}: moved by another copy of this ledger; end that one"
                     )
+                if store.identity(self._engine) != self._file:  # what is written to it now, nobody would find
+                    raise LedgerDamaged("ledger: its file was removed or replaced while open; restore it")
                 entries = self._write(connection, self._state.epoch, rows)
             if kept:
                 kept.write(Mark(entries[-1].seq, entries[-1].hash))

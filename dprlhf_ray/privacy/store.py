@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from sqlalchemy import (
     URL,
@@ -92,6 +92,17 @@ def create(engine: Engine) -> None:
         if engine.dialect.name == "postgresql":
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('dprlhf_ray.ledger'))")
         metadata.create_all(connection)
+
+
+def identity(engine: Engine) -> tuple[int, int] | None:
+    """Which file a SQLite ledger's name stands for, by device and inode; None: for none any more, or it is a server."""
+    if engine.dialect.name != "sqlite":
+        return None
+    try:
+        found = os.stat(unquote((engine.url.database or "").removeprefix("file:")))
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def load(connection: Connection) -> Iterator[tuple[Any, ...]]:

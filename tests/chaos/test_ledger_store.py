@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -147,6 +148,37 @@ def test_a_file_s_fault(
             paid = PAID
     office.close()
     in_order_after(file, range(paid + unheard, paid + unheard + 1))
+
+
+def _removed(place: Place, older: Path) -> None:
+    Path(place.url).unlink()
+
+
+def _replaced(place: Place, older: Path) -> None:
+    """As somebody does who restores a backup: the open file lives on without a name."""
+    shutil.copy(older, older.with_suffix(".restored"))
+    os.replace(older.with_suffix(".restored"), place.url)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(_removed, id="ledger-file-removed-while-open"),
+        pytest.param(_replaced, id="ledger-file-replaced-by-an-older-copy-while-open"),
+    ],
+)
+def test_a_ledger_that_lost_its_name_is_not_written(
+    fault: Callable[[Place, Path], None], file: Place, tmp_path: Path
+) -> None:
+    """False: charges go to a file that nobody finds again, and are forgotten when the writer ends."""
+    office = accountant(Place(file.url, file.key, file.anchor))
+    office.close()
+    shutil.copy(file.url, tmp_path / "older.db")
+    office = AccountantActor(file.url, str(file.key), anchor_file=str(file.anchor))
+    office.reserve("rl", "learner")
+    fault(file, tmp_path / "older.db")
+    refused(office, "removed or replaced")
+    office.close()
 
 
 def test_disk_full_at_the_very_first_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
