@@ -108,6 +108,7 @@ def open_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
     try:
         if not here.root.exists():
             here.root.mkdir(mode=0o700, parents=True)
+            check_own(here.root, f"--output {root}")  # storage that maps owners or modes: now, not at --resume
         write_atomically(here.root / "run_id", secrets.token_hex(8))
         write_atomically(here.config, config_file.dump(config))
     except OSError as e:

@@ -96,7 +96,7 @@ def run_stage(
             if drawn.epsilon_spent is not None:
                 released.append(Released("epsilon_spent", drawn.epsilon_spent, "accounting"))
             if config.evaluation.every and attempt % config.evaluation.every == 0:
-                now = _look(roles, source, show) if _is_synced(synced) else None
+                now = _glance(synced, source) if ahead else _look(roles, source, show)
                 released += [] if now is None else [Released(f"public/{source.measure}", now.mean, "public_prompts")]
             log.write(stage.name, attempt, released)
             laps = [*drawn.seconds, *clock.figures()]
@@ -142,20 +142,21 @@ def _start_over(lane: Lane, roles: Roles, plan: StagePlan, show: RunProgress, as
     """
     ahead = lane.ahead
     lane.clear()
-    _bring_up(roles, show)
+    _recover(roles, show)
     spent = int(ask(roles.accountant, "spent", plan.ledger_stage))
     while ahead and spent < asked:
         spent = ray.get(roles.accountant.reserve.remote(plan.ledger_stage, roles.learners.incarnation)).attempt
     return spent
 
 
-def _is_synced(sync: Future[None]) -> bool:
-    """Waits for it. False: learners died under it, which the next draw meets too, and answers."""
+def _glance(sync: Future[None], source: Source) -> Evaluation | None:
+    """Evaluate the weights of a sync, once it is done. None: somebody died, which the next draw meets too, and answers
+    for all that are in flight."""
     try:
         sync.result()
-    except LearnersRestarted:
-        return False
-    return True
+        return source.evaluate()
+    except (LearnersRestarted, ray.exceptions.RayError):
+        return None
 
 
 def _last_sync(lane: Lane, roles: Roles, show: RunProgress) -> None:
@@ -165,7 +166,7 @@ def _last_sync(lane: Lane, roles: Roles, show: RunProgress) -> None:
     except LearnersRestarted as e:
         show.say(f"{e}; going on from the newest checkpoint")
         lane.clear()
-        _bring_up(roles, show)
+        _recover(roles, show)
 
 
 def _update(roles: Roles, shares: list[tuple[Any, ...]] | None) -> tuple[list[Released], int, Handle | None, LogProbs]:
@@ -224,7 +225,14 @@ def _look(roles: Roles, source: Source, show: RunProgress) -> Evaluation | None:
             return source.evaluate()
         except LearnersRestarted as e:
             show.say(f"{e}; going on from the newest checkpoint")
-            _bring_up(roles, show)
+            _recover(roles, show)
+
+
+def _recover(roles: Roles, show: RunProgress) -> None:
+    """As `_bring_up`, after a death."""
+    if roles.fleet is not None:
+        roles.fleet.give_way()
+    _bring_up(roles, show)
 
 
 def _bring_up(roles: Roles, show: RunProgress) -> None:

@@ -109,6 +109,9 @@ class World:
     def interrupt(self) -> None:
         pass
 
+    def give_way(self) -> None:
+        pass
+
     def pause(self) -> None:
         if self.pauses is not None:
             time.sleep(self.pauses.choice((0.0, 0.0, 0.002, 0.02)))
@@ -361,6 +364,7 @@ def test_a_tokenizer_with_ids_that_the_model_lacks_is_refused(tiny_model: Path, 
     """False: a record with such an id in its text ends the learners, and the missing attempt tells of it."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     AutoConfig.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
     config = config_file.parse({"model": {"name": str(tmp_path)}, "stages": [{"privacy": {"epsilon": 1.0}}]})
     tokenizer.save_pretrained(tmp_path)
     assert pipeline._tokenizer(config).get_vocab() == tokenizer.get_vocab()

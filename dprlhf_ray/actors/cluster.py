@@ -97,6 +97,7 @@ def _private_ray(config: RunConfig, common: dict[str, Any]) -> Iterator[None]:
                 object_spilling_directory=overflow,  # what a full object store maps to files is in memory too
                 **common,
             )
+            _check_gpus(config)
             yield
         failed = False
     finally:
@@ -104,6 +105,18 @@ def _private_ray(config: RunConfig, common: dict[str, Any]) -> Iterator[None]:
         shutil.rmtree(overflow, ignore_errors=True)
         if not failed:
             remove_scratch(scratch)
+
+
+def _check_gpus(config: RunConfig) -> None:
+    """On one machine nobody adds GPUs: what waits for one would wait for ever."""
+    needed = float(config.learner.num_workers * config.learner.use_gpu)
+    if any(s.kind == "rl" for s in config.stages):
+        needed += config.rollout.gpus_per_replica
+    if needed > (there := ray.cluster_resources().get("GPU", 0)):
+        raise ConfigError(
+            f"learner.use_gpu, rollout.gpus_per_replica: {needed:g} GPUs are needed for learners and one replica, this "
+            f"machine has {there:g}: ask for less, or name a cluster (ray.address)"
+        )
 
 
 def object_store_memory() -> int:

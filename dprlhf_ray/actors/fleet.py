@@ -84,6 +84,11 @@ class Fleet:
             finally:
                 self._lock.release()
 
+    def give_way(self) -> None:
+        """Let learners that come back have the GPUs that no serving replica needs."""
+        with self._lock:
+            self._replicas.give_way()
+
     def interrupt(self) -> None:
         """End a call that runs in another thread; nothing is generated any more."""
         self._ending.set()
@@ -140,14 +145,14 @@ class Fleet:
 
         Raises:
             RolloutFailed: no replica came back within the recovery time, or too many restarts.
-            WeightsLost: a replica was replaced, and the version that it needs cannot be had any more.
+            WeightsLost: no replica serves, and those that start cannot have the version that they need any more.
         """
         with self._lock:
             if self._published is None:
                 raise RolloutFailed("no weights were published to the fleet yet: call sync() first")
             started = time.monotonic()
             results: list[list[Completion] | None] = [None] * len(prompts)
-            waiting = deque(self._chunks(len(prompts)))
+            waiting, tag = deque(self._chunks(len(prompts))), self._replicas.round()
             running: dict[int, tuple[range, float]] = {}  # slot -> chunk, start
             while waiting or running:
                 if self._ending.is_set():
@@ -156,16 +161,17 @@ class Fleet:
                 self._replicas.admit()
                 for replica in self._replicas.serving():
                     if waiting and replica.slot not in running:
-                        chunk = waiting.popleft()
-                        batch = [tuple(prompts[i]) for i in chunk]
-                        self._replicas.send(
-                            replica, "generate", prompts=batch, completions_per_prompt=completions_per_prompt
-                        )
-                        running[replica.slot] = (chunk, time.monotonic())
+                        batch = [tuple(prompts[i]) for i in waiting[0]]
+                        if self._replicas.send(
+                            replica, tag, "generate", prompts=batch, completions_per_prompt=completions_per_prompt
+                        ):
+                            running[replica.slot] = (waiting.popleft(), time.monotonic())
+                        else:
+                            self._replicas.replace(replica, "it died while idle")
                 if not running:
                     self._replicas.wait_for_one()
                     continue
-                self._collect(running, waiting, results)
+                self._collect(tag, running, waiting, results)
             done = [r for r in results if r is not None]
             if len(done) != len(prompts):
                 raise RolloutFailed(f"{len(prompts) - len(done)} of {len(prompts)} records came back without an answer")
@@ -184,6 +190,7 @@ class Fleet:
 
     def _collect(
         self,
+        tag: str,
         running: dict[int, tuple[range, float]],
         waiting: deque[range],
         results: list[list[Completion] | None],
@@ -191,7 +198,7 @@ class Fleet:
         """Take in what has finished; put back the chunks of replicas that died, failed or hang."""
         assert self._published is not None
         at_work = {r.slot: r for r in self._replicas.serving() if r.slot in running}
-        answers = self._replicas.answers()
+        answers = self._replicas.answers(tag)
         for slot, (chunk, since) in list(running.items()):
             answer = answers.get(slot)
             if answer is None and time.monotonic() - since > self._chunk_timeout_s:

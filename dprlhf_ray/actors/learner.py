@@ -35,6 +35,7 @@ from dprlhf_ray.privacy.per_unit import Recorder
 from dprlhf_ray.privacy.permit import Permit
 from dprlhf_ray.privacy.release import Released, release_means
 from dprlhf_ray.records import Experience, Unit
+from dprlhf_ray.run_dir import check_checkpoints
 from dprlhf_ray.stages import batching, build
 from dprlhf_ray.stages.objective import Draw
 
@@ -79,7 +80,7 @@ class Learner:
         torch.manual_seed(config.seed)
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(spec.start)
+        self.tokenizer = AutoTokenizer.from_pretrained(spec.start, trust_remote_code=False)
         pad = self.tokenizer.pad_token_id
         self.pad_id = int(pad if pad is not None else self.tokenizer.eos_token_id)
         model = build.build_model(config, self.stage, spec.start, spec.public_sequences)
@@ -267,6 +268,7 @@ class Learner:
         found = sorted(root.glob("version-*/meta.json"))
         if not found:
             return 0
+        check_checkpoints(Path(self.spec.run_dir))
         folder, meta = found[-1].parent, json.loads(found[-1].read_text())
         here = {"world": self.world, "zero_stage": self.spec.config.learner.zero_stage}
         for key, value in here.items():

@@ -87,6 +87,7 @@ class Replicas:
         self._max_restarts = max_restarts
         self._actor_class = actor_class
         self._manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=1)
+        self._rounds = 0
         self._by_slot: dict[int, Replica] = {}
         self._incarnations: dict[int, int] = {}
         self._published: Published | None = None
@@ -104,17 +105,24 @@ class Replicas:
 
     # -------------------------------------------------------------------------------------------------- calling them
 
-    def send(self, replica: Replica, method: str, **arguments: Any) -> None:
-        """Start one call on a serving replica; `answers` has its result."""
-        ids = [cast(int, replica.actor_id)]
-        self._manager.foreach_actor_async(method, kwargs=arguments, remote_actor_ids=ids)
+    def round(self) -> str:
+        """A tag for the calls that belong together; what comes late for an earlier one is thrown away."""
+        self._manager.fetch_ready_async_reqs(timeout_seconds=0.0)
+        self._rounds += 1
+        return f"round-{self._rounds}"
 
-    def answers(self) -> dict[int, Any]:
-        """Answers that came within a short wait, by slot; a `Failure` where the replica's process died.
+    def send(self, replica: Replica, tag: str, method: str, **arguments: Any) -> bool:
+        """Start one call on a serving replica; `answers` has its result. False: it is dead."""
+        ids = [cast(int, replica.actor_id)]
+        return bool(self._manager.foreach_actor_async(method, tag, kwargs=arguments, remote_actor_ids=ids))
+
+    def answers(self, tag: str) -> dict[int, Any]:
+        """Answers to this round's calls that came within a short wait, by slot; a `Failure` where the replica's process
+        died.
 
         The manager itself waits for all of them, or not at all.
         """
-        ready: list[Any] = list(self._manager.fetch_ready_async_reqs(timeout_seconds=0.0))
+        ready: list[Any] = list(self._manager.fetch_ready_async_reqs(tags=tag, timeout_seconds=0.0))
         if not ready:
             time.sleep(0.01)
         slots = {r.actor_id: r.slot for r in self.serving()}
@@ -132,6 +140,7 @@ class Replicas:
         Raises:
             SyncFailed: a replica disagrees with the learner.
             RolloutFailed: no replica came up in time, or too many restarts.
+            WeightsLost: nobody could have it.
         """
         self._published = published
         self.reconcile()
@@ -145,16 +154,18 @@ class Replicas:
 
     def _sync(self, serving: list[Replica]) -> None:
         assert self._published is not None
-        loaded = self._ask(serving, "load", handle=self._published.handle)
-        ready = []
-        for replica, answer in zip(serving, loaded, strict=True):
-            if isinstance(answer, Failure):
-                self._failed(replica, answer)
-            else:
-                ready.append(replica)
+        answers = self._ask(serving, "load", handle=self._published.handle)
+        loaded = {r.slot: answer for r, answer in zip(serving, answers, strict=True)}
+        ready = [r for r in serving if not isinstance(loaded[r.slot], Failure)]
+        lost = next((a for a in loaded.values() if isinstance(a, Failure) and a.weights_lost), None)
+        if lost and not ready:
+            self._lost(serving[0], lost)
+        for replica in serving:
+            if replica not in ready:
+                self.replace(replica, str(loaded[replica.slot]))
         for replica, answer in zip(ready, self._ask(ready, "log_probs", sequences=self._check_sequences), strict=True):
             if isinstance(answer, Failure):
-                self._failed(replica, answer)
+                self.replace(replica, str(answer))
             else:
                 self._check(replica, answer)
 
@@ -205,26 +216,29 @@ class Replicas:
                 self.replace(replica, f"{type(error).__name__} while it started")
                 continue
             failure = next((a for a in answers if isinstance(a, Failure)), None)
+            if failure is not None and failure.weights_lost:
+                replica.bringing_up = []  # it has not failed: the next version will do
+                if not self.serving():
+                    self._lost(replica, failure)
+                continue
             if failure is not None:
-                self._failed(replica, failure)
+                self.replace(replica, str(failure))
                 continue
             self._check(replica, answers[1])
             self._manager.add_actors([replica.actor])
             replica.actor_id, replica.bringing_up = self._manager.actor_ids()[-1], []
             _log.info("%s serves", replica.name)
 
-    def _failed(self, replica: Replica, failure: Failure) -> None:
-        """Replace a replica that failed; where the weights are gone, it has not, and the next version will do.
+    def give_way(self) -> None:
+        """Replicas that hold or wait for a GPU without serving yet give it up: learners cannot do without. The next
+        `reconcile` asks for new places."""
+        for replica in [r for r in self._by_slot.values() if r.actor_id is None and self._rollout.gpus_per_replica]:
+            self._remove(replica)
 
-        Raises:
-            WeightsLost: they are. RolloutFailed: too often.
-        """
-        if not failure.weights_lost:
-            self.replace(replica, str(failure))
-            return
-        replica.bringing_up = []
+    def _lost(self, replica: Replica, failure: Failure) -> None:
+        """Raises WeightsLost, or RolloutFailed where that was too often."""
         self._count(replica, str(failure))
-        raise WeightsLost(f"{replica.name} could not have the new weights ({failure})")
+        raise WeightsLost(f"no replica could have the new weights ({failure})")
 
     def replace(self, replica: Replica, reason: str) -> None:
         """End a replica that failed and start another in its place; RolloutFailed after too many."""
@@ -293,6 +307,8 @@ class Replicas:
             return
         if not replica.bringing_up:
             replica.since = time.monotonic()
+        for call in replica.bringing_up:  # of an older version, whose weights it would keep alive
+            ray.cancel(call)
         replica.bringing_up = [
             replica.actor.apply.remote(self._actor_class.load, self._published.handle),
             replica.actor.apply.remote(self._actor_class.log_probs, self._check_sequences),

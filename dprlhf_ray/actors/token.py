@@ -38,9 +38,13 @@ def prepare(address: str | None) -> None:
     path = Path(named) if named else Path.home() / ".ray" / "auth_token"
     key = "RAY_AUTH_TOKEN_PATH" if named else "Ray's token"
     if not path.is_file():
-        if named or address is not None:
+        if named or address not in (None, "local"):
             raise ConfigError(f"{key}: no file {path}: copy the cluster's token there, with mode 600")
-        _make(path)
+        try:
+            _make(path)
+        except OSError:  # a home that cannot be written: this run's own, handed to the processes that it starts
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            return
     check_own(path.parent, key)
     mode = stat.S_IMODE(check_own(path, key).st_mode)
     if mode & _OTHERS:

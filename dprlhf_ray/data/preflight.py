@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dprlhf_ray.config import AdapterConfig, AnyStage, RunConfig
 from dprlhf_ray.data.columns import (
@@ -105,6 +106,7 @@ def preflight(config: RunConfig, output: Path | None = None, available_gib: floa
                 check_scorer(stage.scorer)
         if stage.data in populations:
             check_population(stage, expected_population(config, stage, populations))
+    _check_endpoints(config)
     _check_sources(config)
     for stage in config.stages:
         with _at("evaluation.source"):
@@ -282,6 +284,17 @@ def _check_there(source: str) -> None:
         check_embedded(source)
     elif is_file_source(source):
         file_path(source)
+
+
+def _check_endpoints(config: RunConfig) -> None:
+    """One bearer token is for one server."""
+    scorers = [scorer for s in config.stages if s.kind == "rl" for scorer in s.scorer.flat() if scorer.url]
+    hosts = sorted({urlsplit(str(scorer.url)).netloc for scorer in scorers})
+    if len(hosts) > 1 and os.environ.get("DPRLHF_SCORER_TOKEN"):
+        raise ConfigError(
+            f"scorer.url: DPRLHF_SCORER_TOKEN is set, and would go to all of {', '.join(hosts)}: use endpoints of one "
+            "server, or unset it"
+        )
 
 
 def _check_sources(config: RunConfig) -> None:

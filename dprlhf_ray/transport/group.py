@@ -56,22 +56,29 @@ class GroupHandle(Handle):
     patience: float
 
     def fetch(self) -> Tensors:
-        deadline = time.monotonic() + self.patience
+        deadline, here = time.monotonic() + self.patience, self._greet()
         try:
-            return self._fetch(deadline)
-        except (RuntimeError, ValueError, OSError) as e:  # torch's distributed errors, a connection refused or cut
-            raise WeightsLost(f"weight version {self.version} could not be had ({type(e).__name__})") from None
+            return self._fetch(here, deadline)
+        except (RuntimeError, OSError):  # torch's distributed errors, a connection cut, too late
+            self._greet()
+            raise
 
-    def _fetch(self, deadline: float) -> Tensors:
-        with socket.create_connection((self.host, self.port), timeout=_GREETING):
-            pass  # TCPStore would try a dead publisher until the deadline
+    def _greet(self) -> str:
+        """This side's address on the way to the publisher. WeightsLost: it is gone (TCPStore would try for minutes)."""
+        try:
+            with socket.create_connection((self.host, self.port), timeout=_GREETING) as connection:
+                return str(connection.getsockname()[0])
+        except OSError as e:
+            raise WeightsLost(f"who published weight version {self.version} is gone ({type(e).__name__})") from None
+
+    def _fetch(self, here: str, deadline: float) -> Tensors:
         store = _connect(self.host, self.port, deadline)
         name = secrets.token_hex(8)
         store.queue_push(_ASKED, json.dumps({"name": name, "version": self.version}))
         store.wait([f"answer/{name}"], timedelta(seconds=_left(deadline)))
         if store.get(f"answer/{name}") != b"yes":
             raise WeightsLost(f"weight version {self.version} is no longer held by the learner")
-        group = _pair(self.backend, store, name, 1, deadline)
+        group = _pair(self.backend, here, store, name, 1, deadline)
         tensors: Tensors = {}
         with _ending(group):
             for key, spec in zip(self.names, self.specs, strict=True):
@@ -101,7 +108,7 @@ class GroupPublisher:
         self._closed = threading.Event()
         with socket.create_server((host, 0)) as listening:
             self._port = int(listening.getsockname()[1])
-            self._store = dist.TCPStore(
+            self._store: Any = dist.TCPStore(
                 host, self._port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=patience),
                 master_listen_fd=listening.detach(),
             )  # fmt: skip
@@ -111,21 +118,23 @@ class GroupPublisher:
     def publish(self, version: int, weights: Mapping[str, torch.Tensor]) -> GroupHandle:
         """Hold copies of the tensors for engines that ask."""
         device = _device(self._backend)
+        with self._lock:
+            self._held.pop(version, None)
+            while len(self._held) >= self._keep:
+                self._held.popitem(last=False)
         tensors = {n: v.detach().to(device, copy=True).contiguous() for n, v in weights.items()}
         specs = tuple(
             TensorSpec(str(v.dtype).removeprefix("torch."), tuple(v.shape), fingerprint(v)) for v in tensors.values()
         )
         with self._lock:
-            self._held.pop(version, None)
             self._held[version] = tensors
-            while len(self._held) > self._keep:
-                self._held.popitem(last=False)
         return GroupHandle(version, tuple(tensors), self._backend, self._host, self._port, specs, self._patience)
 
     def close(self) -> None:
         """Serve no more."""
         self._closed.set()
         self._thread.join()
+        self._store = None  # its port is closed
         with self._lock:
             self._held.clear()
 
@@ -144,13 +153,14 @@ class GroupPublisher:
         """One engine's transfer. Whatever ends it, ends only it: the engine says what it did not get."""
         with self._lock:
             tensors = self._held.get(version)
+        deadline = time.monotonic() + self._patience
         with contextlib.suppress(RuntimeError, ValueError, OSError), self._one_at_a_time:
-            deadline = time.monotonic() + self._patience
+            _left(deadline)  # who waited so long for others has given up
             store = _connect(self._host, self._port, deadline)
             store.set(f"answer/{name}", "no" if tensors is None else "yes")
             if tensors is None:
                 return
-            group = _pair(self._backend, store, name, 0, deadline)
+            group = _pair(self._backend, self._host, store, name, 0, deadline)
             with _ending(group):
                 for value in tensors.values():
                     _broadcast(group, value, deadline)
@@ -183,14 +193,16 @@ def _connect(host: str, port: int, deadline: float) -> Any:
     )
 
 
-def _pair(backend: Backend, store: Any, name: str, rank: int, deadline: float) -> Any:
-    """A process group of two; rank 0 sends."""
+def _pair(backend: Backend, here: str, store: Any, name: str, rank: int, deadline: float) -> Any:
+    """A process group of two, listening on `here`; rank 0 sends."""
     own, limit = dist.PrefixStore(f"pair/{name}", store), timedelta(seconds=_left(deadline))
     if backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=10 * PATIENCE)  # ours is shorter: torch's would end the process
         return dist.ProcessGroupNCCL(own, rank, 2, options)
-    return dist.ProcessGroupGloo(own, rank, 2, timeout=limit)
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(hostname=here)], limit
+    return dist.ProcessGroupGloo(own, rank, 2, options)
 
 
 def _broadcast(group: Any, value: torch.Tensor, deadline: float) -> None:

@@ -14,7 +14,7 @@ import torch
 from dprlhf_ray.errors import SyncFailed, WeightsLost
 from dprlhf_ray.transport.base import Handle, Tensors
 
-PATIENCE = 120.0  # seconds until an object that is not there yet counts as lost
+PATIENCE = 240.0  # seconds for one engine's transfer
 Packed = dict[str, tuple[str, tuple[int, ...], np.ndarray]]  # name -> dtype, shape, bytes: what Ray maps without a copy
 
 
@@ -28,7 +28,7 @@ class ObjectHandle(Handle):
     def fetch(self) -> Tensors:
         try:
             tensors = unpack(ray.get(self.ref, timeout=PATIENCE))
-        except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError) as e:
+        except ray.exceptions.ObjectLostError as e:
             raise WeightsLost(f"weight version {self.version} is gone ({type(e).__name__})") from None
         if checksum(tensors) != self.sha256:
             raise SyncFailed(f"weight version {self.version} arrived damaged: its checksum is not the learner's")

@@ -18,6 +18,7 @@ from dprlhf_ray.actors.rollout import RolloutActor
 from dprlhf_ray.actors.sync_check import disagreement
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
 from dprlhf_ray.errors import RolloutFailed, SyncFailed, WeightsLost
+from dprlhf_ray.records import Completion
 from dprlhf_ray.transport import Handle
 from dprlhf_ray.transport.objects import ObjectPublisher
 
@@ -229,6 +230,48 @@ def test_weights_that_are_gone_are_asked_for_again_and_older_ones_may_come_back(
         fleet.sync(GoneHandle(1, tuple(old)), learner.log_probs())
     fleet.sync(ObjectPublisher().publish(0, old), reference)
     assert all(row[0].version == 0 for row in fleet.generate(PROMPTS[:4], 1))
+
+
+def test_answers_to_a_call_that_was_given_up_are_nobody_s(
+    make: Callable[..., Fleet], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """False: after a death in the middle of a draw, its completions come back as those of the next draw's records, or
+    as those of public prompts."""
+
+    class Echo(RolloutActor):
+        def generate(self, prompts, completions_per_prompt):  # type: ignore[no-untyped-def]
+            time.sleep(1.0)
+            return [[Completion(tuple(p), "", False, self._engine.version)] for p in prompts]
+
+    fleet = make(1, actor_class=Echo)
+    Learner(tiny_model).sync(fleet, 0)
+
+    def lost(*_: object) -> None:
+        raise WeightsLost("somebody else's")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fleet, "_collect", lost)
+        with pytest.raises(WeightsLost):
+            fleet.generate([(1, 1), (2, 2)], 1)
+    for prompts in ([(3, 3), (4, 4)], [(5, 5), (6, 6)]):
+        assert [row[0].token_ids for row in fleet.generate(prompts, 1)] == prompts
+
+
+def test_a_late_replica_that_cannot_have_the_weights_does_not_stop_the_others(
+    make: Callable[..., Fleet], tiny_model: Path
+) -> None:
+    fleet, learner = make(1), Learner(tiny_model)
+    learner.sync(fleet, 0)
+    object.__setattr__(fleet._replicas._published, "handle", GoneHandle(0, ()))
+    fleet.resize(2)
+    deadline = time.monotonic() + 60
+    while fleet._replicas._by_slot[1].actor_id is None and fleet._replicas._by_slot[1].bringing_up:
+        fleet.generate(PROMPTS[:2], 1)
+        assert time.monotonic() < deadline
+    learner.move()
+    learner.sync(fleet, 1)
+    wait_for_healthy(fleet, 2, 1)
+    assert fleet.status()["restarts"] == 0
 
 
 def test_a_replica_that_waits_for_a_gpu_has_not_failed(make: Callable[..., Fleet], tiny_model: Path) -> None:

@@ -165,3 +165,15 @@ def test_each_stage_s_adapter_is_checked(tiny_model: Path) -> None:
     small = check(tiny_model, mine, {"data": "mine"})
     assert full.memory_needed is not None and small.memory_needed is not None
     assert full.memory_needed > small.memory_needed
+
+
+def test_one_token_goes_to_one_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [
+        {"kind": "http", "url": f"https://{host}/score", "sends_private_text": True} for host in ("one", "two", "one")
+    ]
+    scorer = {"kind": "ensemble", "members": members}
+    config = config_file.parse({"stages": [{"privacy": {"epsilon": 8.0}, "scorer": scorer}]})
+    preflight(config)
+    monkeypatch.setenv("DPRLHF_SCORER_TOKEN", "x")
+    with pytest.raises(ConfigError, match="would go to all of one, two"):
+        preflight(config)

@@ -54,8 +54,9 @@ class Engine(ABC):
         self.rollout = rollout
         self.generation = generation
         self.version: int | None = None  # None: the weights of `model_path`, before the first `load`
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self.vocab_size: int = AutoConfig.from_pretrained(model_path).get_text_config().vocab_size
+        self.tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
+        settings = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        self.vocab_size: int = settings.get_text_config().vocab_size
         try:
             declared = HubGenerationConfig.from_pretrained(model_path).eos_token_id
         except OSError:  # a folder without generation_config.json

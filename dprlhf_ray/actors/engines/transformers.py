@@ -19,7 +19,9 @@ class TransformersEngine(Engine):
         from transformers import AutoModelForCausalLM
 
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
+        )
         self._model = model.to(self._device).eval()
         self._generator = torch.Generator(self._device)
         if rollout.threads:

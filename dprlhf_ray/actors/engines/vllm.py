@@ -84,6 +84,8 @@ class VllmEngine(Engine):
             settings |= served_adapter.settings(adapter)
         self._llm = LLM(
             model=model_path,
+            trust_remote_code=False,
+            load_format="safetensors",
             skip_tokenizer_init=True,
             tensor_parallel_size=rollout.tensor_parallel_size,
             max_model_len=rollout.max_model_len,
