@@ -72,7 +72,11 @@ def check_run_dir(root: Path, config: RunConfig, resume: bool) -> RunDir:
             raise ConfigError(
                 f"--output {root}: a run is there already; continue it with --resume or name another folder"
             )
-        known = config_file.parse(yaml.safe_load(here.config.read_text(encoding="utf-8")), str(here.config))
+        try:
+            tree = yaml.safe_load(here.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError):
+            raise ConfigError(f"{here.config}: damaged, it holds no YAML any more: restore it") from None
+        known = config_file.parse(tree, str(here.config))
         different = [
             k for k in RunConfig.model_fields if getattr(known, k) != getattr(config, k) and k not in ("ray", "rollout")
         ]
