@@ -127,7 +127,6 @@ def measure(setting: Setting, iterations: int) -> dict[str, Any]:
     from dprlhf_ray.config import GenerationConfig, RolloutConfig
     from dprlhf_ray.observability.progress import RunProgress
     from dprlhf_ray.privacy.release import Operational, Released
-    from dprlhf_ray.transport import build_transport
 
     class SimulatedEngine(TransformersEngine):
         """Real weights; sampling takes the time that a fixed rate gives, and says random tokens."""
@@ -141,9 +140,10 @@ def measure(setting: Setting, iterations: int) -> dict[str, Any]:
     class SimulatedActor(RolloutActor):
         """The rollout actor around a simulated engine."""
 
-        def __init__(self, model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str) -> None:
+        def __init__(
+            self, model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str, lora_rank: int = 0
+        ) -> None:
             self._engine = SimulatedEngine(model_path, rollout, generation, dtype)
-            self._transport = build_transport()
 
     class WholeFleet(Fleet):
         """Does not begin before all its replicas serve."""
