@@ -9,11 +9,12 @@ what was written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,18 @@ if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
 os.environ["PATH"] = os.path.join(sys.prefix, "bin") + os.pathsep + os.environ.get("PATH", "")
 
 
+def unlock_builds(folder: str, older: float = 600.0) -> None:
+    """Remove locks of compilers that were killed: torch waits for them for ever.
+
+    Args:
+        folder: of compiled operations. older: seconds; a build takes one minute.
+    """
+    for lock in Path(folder).glob("*/lock"):
+        with contextlib.suppress(OSError):
+            if time.time() - lock.stat().st_mtime > older:
+                lock.unlink()
+
+
 @dataclass(frozen=True)
 class LearnerSpec:
     """What a rank needs to build itself: public settings only.
@@ -73,6 +86,8 @@ class Learner:
 
     def __init__(self, spec: LearnerSpec) -> None:
         config, self.spec = spec.config, spec
+        if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):
+            unlock_builds(folder)
         self.stage = config.stages[spec.stage_index]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if config.learner.threads or not config.learner.use_gpu:
@@ -199,7 +214,7 @@ class Learner:
                 raise WriteCheckFailed(f"{name}: the optimizer does not hold the noised gradient; nothing was applied")
         self.engine.step()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _gathered(self, parameters: Sequence[torch.nn.Parameter], modify: bool = False) -> Iterator[None]:
         """Full parameters on every rank (ZeRO-3 partitions them)."""
         if self.spec.config.learner.zero_stage < 3:

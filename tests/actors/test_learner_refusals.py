@@ -4,8 +4,11 @@ scale. The learner's own methods run; DeepSpeed's engine is a stand-in that can 
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dprlhf_ray.actors import learner
-from dprlhf_ray.actors.learner import Learner, WriteCheckFailed
+from dprlhf_ray.actors.learner import Learner, WriteCheckFailed, unlock_builds
 from dprlhf_ray.config import OptimizerConfig, RLStage
 from dprlhf_ray.privacy.mechanism import DPStep
 from dprlhf_ray.privacy.per_unit import Recorder
@@ -145,3 +148,13 @@ def test_metrics_are_noised_for_their_joint_bound_and_divided_by_the_public_batc
     scales = torch.tensor([float(s) for s in metrics.scales.values()])
     expected = 4.0 * len(metrics.names) ** 0.5 / 100.0 * scales
     assert (measured / expected - 1).abs().max() < 5 / (2 * 2000) ** 0.5
+
+
+def test_the_lock_of_a_compiler_that_was_killed_is_removed_and_that_of_one_at_work_is_not(tmp_path: Path) -> None:
+    """False: a learner that is killed while DeepSpeed compiles leaves a lock that every later one waits for."""
+    for name, age in (("dead", 3600), ("alive", 30)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+        os.utime(tmp_path / name / "lock", (time.time() - age,) * 2)
+    unlock_builds(str(tmp_path))
+    assert not (tmp_path / "dead/lock").exists() and (tmp_path / "alive/lock").exists()

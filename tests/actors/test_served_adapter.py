@@ -17,7 +17,7 @@ from tests.actors.test_engines import PROMPTS, SEQUENCES, call, model_log_probs,
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-@pytest.mark.parametrize("kind", ["lora", "steering"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "steering"])
 def test_a_served_adapter_answers_as_the_learner_does_at_each_of_three_versions(tiny_model: Path, kind: str) -> None:
     """False: vLLM keeps an older adapter, scales it otherwise, or leaves a layer out, and the policy that draws is not
     the one that learns."""
