@@ -151,7 +151,7 @@ def test_damaged_weights_are_refused_by_the_receiver() -> None:
         damaged.fetch()
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+@pytest.mark.parametrize("engine", ["vllm", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_log_probs_of_what_is_drawn_ahead_are_those_of_the_distribution_it_was_drawn_from(
     tiny_model: Path, engine: str
 ) -> None:

@@ -134,6 +134,7 @@ def test_a_replica_killed_while_it_generates_loses_nothing_and_is_synced_before_
     assert all(c.version == 2 for row in fleet.generate(PROMPTS[:8], 1) for c in row)
 
 
+@pytest.mark.slow
 def test_replicas_can_be_added_and_removed_between_steps_and_within_one(
     make: Callable[..., Fleet], tiny_model: Path
 ) -> None:
@@ -257,6 +258,7 @@ def test_answers_to_a_call_that_was_given_up_are_nobody_s(
         assert [row[0].token_ids for row in fleet.generate(prompts, 1)] == prompts
 
 
+@pytest.mark.slow
 def test_a_late_replica_that_cannot_have_the_weights_does_not_stop_the_others(
     make: Callable[..., Fleet], tiny_model: Path
 ) -> None:

@@ -46,12 +46,14 @@ def test_secure_noise_reaches_the_published_weights_once(zero: int, tiny_model: 
     assert all(torch.equal(noisy[k], other[k]) for k in noisy), "ranks hold different weights after the noise"
 
 
+@pytest.mark.slow
 def test_a_stage_without_metrics_releases_none(tiny_model: Path, tmp_path: Path) -> None:
     """False: the learner asks the permit for a metric release that was not charged, and dies or releases one."""
     learn(tmp_path, setting(tiny_model, 1, 0, metric_noise_multiplier=None), [units(5, 1)])
     assert json.loads((tmp_path / "rank0.json").read_text())["released"] == [[]]
 
 
+@pytest.mark.slow
 def test_kl_is_released_with_the_other_metrics(tiny_model: Path, tmp_path: Path) -> None:
     """False: KL is measured against a moving reference (at the start it is 0), or charged and not released."""
     learn(tmp_path, setting(tiny_model, 1, 0, metric_noise_multiplier=1e-6), [units(8, 1), units(8, 2)])

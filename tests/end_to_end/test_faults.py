@@ -188,6 +188,7 @@ def test_a_lost_ledger_refuses_to_go_on(
     assert not list(root.glob("ledger*"))
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_continues_and_makes_exactly_the_planned_attempts(
     interrupted: tuple[Path, str, str], start: Callable[..., Command], world: World, tmp_path: Path, scratch: Path
 ) -> None:

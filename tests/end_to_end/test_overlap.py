@@ -18,6 +18,7 @@ from tests.end_to_end.test_faults import learner_processes
 STEPS, STALENESS = 7, 1
 
 
+@pytest.mark.slow
 def test_draws_ahead_are_paid_for_and_what_was_in_flight_at_a_death_stays_paid(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
