@@ -27,9 +27,9 @@ def test_draws_ahead_are_paid_for_and_what_was_in_flight_at_a_death_stays_paid(
     events: list[tuple[str, int]] = []  # ("sync", version), ("draw", charges on disk)
     plain_sync, plain_generate = Fleet.sync, Fleet.generate
 
-    def sync(fleet: Fleet, version: int, weights: Any, reference: Any) -> None:
-        plain_sync(fleet, version, weights, reference)
-        events.append(("sync", version))
+    def sync(fleet: Fleet, handle: Any, reference: Any) -> None:
+        plain_sync(fleet, handle, reference)
+        events.append(("sync", handle.version))
 
     def generate(fleet: Fleet, prompts: Any, count: int) -> Any:
         if len(prompts) != 8:  # not the public ones
