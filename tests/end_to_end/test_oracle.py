@@ -56,9 +56,9 @@ def _watch(crowd: World, root: Path, patch: pytest.MonkeyPatch, folder: Path, ki
     seen, count, plain = Oracle(), folder / "count", Fleet.sync
     patch.setenv("DPRLHF_TEST_COUNT", str(count))
 
-    def sync(fleet: Fleet, version: int, weights: Any, reference: Any) -> None:
-        seen.versions.append(version)
-        plain(fleet, version, weights, reference)
+    def sync(fleet: Fleet, handle: Any, reference: Any) -> None:
+        seen.versions.append(handle.version)
+        plain(fleet, handle, reference)
 
     def look(attempt: int, roles: Roles) -> None:
         newest = sorted(root.glob("checkpoints/rl/version-*"))[-1]
