@@ -13,7 +13,7 @@ rank, with per-record clipping and noise; Ray, scorer, accountant, ledger, sync 
 Whatever is real shares the cores of this machine, with as many replicas as there are: their loading and their checks
 after a sync take turns on them, which those on machines of their own would not.
 
-Work per iteration is the same everywhere: 64 prompts x 2 completions x 24 tokens, 3,072 tokens, 10.24 s of one engine.
+Work per iteration is the same everywhere: 48 prompts x 2 completions x 24 tokens, 2,304 tokens, 7.68 s of one engine.
 What an iteration should take is the bound: rollout (reserve + collect + sync) plus learning (learn + checkpoint), or
 with a draw ahead (`rollout.staleness: 1`) the longer of the two. Medians over the timed iterations, after one more.
 """
@@ -41,7 +41,7 @@ from rich.table import Table
 from benchmarks.run import machine, run_benchmark
 from benchmarks.workload import LORA_ALPHA, LORA_RANK, LORA_TARGETS, NEW_TOKENS
 
-PROMPTS, GROUP = 64, 2
+PROMPTS, GROUP = 48, 2
 TOKENS = PROMPTS * GROUP * NEW_TOKENS
 RATE = 300.0  # tokens per second of one simulated engine
 LAPS = ("reserve", "collect", "sync", "learn", "checkpoint")
@@ -167,6 +167,8 @@ def measure(setting: Setting, iterations: int) -> dict[str, Any]:
         ) -> None:  # fmt: skip
             figures = {f.name: f.value for f in [*fleet, *laps]}
             self.steps.append((time.perf_counter(), {"sync": figures["sync_seconds"]} | figures))
+            shown = ", ".join(f"{name} {self.steps[-1][1][name]:.2f}" for name in LAPS)
+            print(f"draw {attempt} of {total}: {shown}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
