@@ -43,8 +43,7 @@ from rich.table import Table
 from benchmarks.ledger import STAGE, STEP
 from benchmarks.run import machine
 from dprlhf_ray import config_file
-from dprlhf_ray.actors import replicas as life
-from dprlhf_ray.actors.cluster import ray, session
+from dprlhf_ray.actors.cluster import ray, session  # first: sets Ray's environment before ray is imported
 from dprlhf_ray.actors.fleet import Fleet
 from dprlhf_ray.actors.roles import ask, start_accountant
 from dprlhf_ray.actors.rollout import RolloutActor
@@ -182,7 +181,7 @@ def crowd(count: int, rounds: int, hosts: Sequence[Any], accountant: Any) -> dic
     """One line: a fleet of `count` replicas, driven for some rounds after one that warms up."""
     rollout, generation = RolloutConfig(engine="transformers"), GenerationConfig(max_new_tokens=NEW_TOKENS)
     prompts = [tuple(range(i % 100, i % 100 + PROMPT_TOKENS)) for i in range(PROMPTS_PER_REPLICA * count)]
-    with mock.patch.object(life, "ray", Crowd(hosts)):
+    with mock.patch("dprlhf_ray.actors.replicas.ray", Crowd(hosts)):
         fleet = Fleet("", rollout, generation, "float32", SEQUENCES, actor_class=SimulatedReplica)
         started = time.perf_counter()
         fleet.start(count)
