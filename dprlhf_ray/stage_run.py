@@ -216,6 +216,7 @@ def persist(roles: Roles, show: RunProgress, call: Callable[[], Any]) -> Any:
             return call()
         except LearnersRestarted as e:
             show.say(f"{e}; trying again")
+            _give_way(roles)
 
 
 def _look(roles: Roles, source: Source, show: RunProgress) -> Evaluation | None:
@@ -230,9 +231,14 @@ def _look(roles: Roles, source: Source, show: RunProgress) -> Evaluation | None:
 
 def _recover(roles: Roles, show: RunProgress) -> None:
     """As `_bring_up`, after a death."""
+    _give_way(roles)
+    _bring_up(roles, show)
+
+
+def _give_way(roles: Roles) -> None:
+    """Learners that come back may need the GPUs of replicas that do not serve yet."""
     if roles.fleet is not None:
         roles.fleet.give_way()
-    _bring_up(roles, show)
 
 
 def _bring_up(roles: Roles, show: RunProgress) -> None:

@@ -50,6 +50,8 @@ def test_secrets_in_urls_are_seen() -> None:
         "https://h/?Api-Key=x",
         "https://h/?access_token=x",
         "https://h/?sig=x",
+        "https://h/?accessToken=x&passwd=y",
+        "https://h/?db_passphrase=x",
     ):
         assert holds_secret(url), url
     fine = (

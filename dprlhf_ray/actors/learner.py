@@ -86,6 +86,7 @@ class Learner:
 
     def __init__(self, spec: LearnerSpec) -> None:
         config, self.spec = spec.config, spec
+        os.umask(os.umask(0o022) | 0o022)  # a checkpoint that others may write is not read again
         if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):
             unlock_builds(folder)
         self.stage = config.stages[spec.stage_index]

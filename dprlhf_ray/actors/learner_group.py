@@ -247,7 +247,9 @@ class LearnerGroup:
 
     def _check_alive(self) -> None:
         if self._ended.is_set():
-            raise LearnersFailed(f"the learner group ended: {self._failure or 'without an error'}")
+            # Ray Train's text is a page, with a traceback of every rank: the error itself is its last line
+            lines = [line for line in str(self._failure or "").splitlines() if line.strip()]
+            raise LearnersFailed(f"the learner group ended: {lines[-1].strip() if lines else 'without an error'}")
 
     def _fit(self, spec: LearnerSpec, loop_config: dict[str, Any]) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -155,14 +155,13 @@ class Replicas:
     def _sync(self, serving: list[Replica]) -> None:
         assert self._published is not None
         answers = self._ask(serving, "load", handle=self._published.handle)
-        loaded = {r.slot: answer for r, answer in zip(serving, answers, strict=True)}
-        ready = [r for r in serving if not isinstance(loaded[r.slot], Failure)]
-        lost = next((a for a in loaded.values() if isinstance(a, Failure) and a.weights_lost), None)
-        if lost and not ready:
-            self._lost(serving[0], lost)
-        for replica in serving:
-            if replica not in ready:
-                self.replace(replica, str(loaded[replica.slot]))
+        failed = [(r, a) for r, a in zip(serving, answers, strict=True) if isinstance(a, Failure)]
+        ready = [r for r, a in zip(serving, answers, strict=True) if not isinstance(a, Failure)]
+        for replica, failure in failed:
+            if failure.weights_lost and not ready:
+                self._lost(replica, failure)
+        for replica, failure in failed:
+            self.replace(replica, str(failure))
         for replica, answer in zip(ready, self._ask(ready, "log_probs", sequences=self._check_sequences), strict=True):
             if isinstance(answer, Failure):
                 self.replace(replica, str(answer))

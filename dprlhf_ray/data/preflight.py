@@ -27,6 +27,7 @@ from dprlhf_ray.data.columns import (
 from dprlhf_ray.data.embedded import part
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.models.embedded import check_weights, embedded_model_ready, looks_local
+from dprlhf_ray.stages.http_scorer import TOKEN
 from dprlhf_ray.stages.scoring import check_scorer
 
 _GIB = 2**30
@@ -290,9 +291,9 @@ def _check_endpoints(config: RunConfig) -> None:
     """One bearer token is for one server."""
     scorers = [scorer for s in config.stages if s.kind == "rl" for scorer in s.scorer.flat() if scorer.url]
     hosts = sorted({urlsplit(str(scorer.url)).netloc for scorer in scorers})
-    if len(hosts) > 1 and os.environ.get("DPRLHF_SCORER_TOKEN"):
+    if len(hosts) > 1 and os.environ.get(TOKEN):
         raise ConfigError(
-            f"scorer.url: DPRLHF_SCORER_TOKEN is set, and would go to all of {', '.join(hosts)}: use endpoints of one "
+            f"scorer.url: {TOKEN} is set, and would go to all of {', '.join(hosts)}: use endpoints of one "
             "server, or unset it"
         )
 

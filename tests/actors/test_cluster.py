@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dprlhf_ray import config_file
 from dprlhf_ray.actors import cluster
 from dprlhf_ray.errors import ConfigError, DprlhfError
 
@@ -58,6 +59,7 @@ PRIVATE_RAY = """
 import json, os, stat, time
 import psutil
 from dprlhf_ray import config_file
+from dprlhf_ray import config_file
 from dprlhf_ray.actors import cluster
 from dprlhf_ray.actors.cluster import ray
 
@@ -101,3 +103,15 @@ def test_a_private_ray_is_for_this_machine_and_this_user_only(tmp_path: Path) ->
     assert found["missing"] == [] and len(found["sockets"]) > 8
     assert found["modes"] == [0o700, 0o700, 0o600]
     assert found["in_memory"] and found["left"] == []
+
+
+def test_too_few_gpus_on_one_machine_are_one_line_and_none_are_asked_for_without_rl(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """False: a replica waits for ever for a GPU that nobody will add."""
+    tree = {"learner": {"use_gpu": True}, "rollout": {"gpus_per_replica": 1}}
+    rl, sft = ({**tree, "stages": [{"kind": kind, "privacy": {"epsilon": 8.0}}]} for kind in ("rl", "sft"))
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"GPU": 1.0})
+    cluster._check_gpus(config_file.parse(sft))
+    with pytest.raises(ConfigError, match=r"2 GPUs are needed .* this machine has 1"):
+        cluster._check_gpus(config_file.parse(rl))

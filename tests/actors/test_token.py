@@ -78,3 +78,14 @@ def test_without_tokens_one_line_says_so(
     token.prepare(address)
     assert capfd.readouterr().err == f"dprlhf: RAY_AUTH_MODE is disabled: {who} can run code in this Ray: unset it\n"
     assert not (home / ".ray").exists()
+
+
+def test_where_no_token_can_be_kept_a_private_ray_gets_one_that_ends_with_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """False: a home that cannot be written is a traceback, or a Ray without a token."""
+    (home / "file").touch()
+    monkeypatch.setenv("HOME", str(home / "file"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")  # so that it is put back
+    token.prepare(None)
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64

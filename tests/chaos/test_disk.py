@@ -72,7 +72,6 @@ def test_for_good_ends_the_run_and_says_so(fault: Fault, error: type[Exception],
     assert seen.charged == list(range(1, STEPS + 1))
 
 
-@pytest.mark.xfail(strict=True, reason="what ended the workers is reported as Ray Train says it, with its traceback")
 def test_a_full_disk_at_the_export_is_one_line(done: Done) -> None:
     """False: the operator reads a page of Ray's traceback to find that the disk is full."""
     assert "\n" not in str(done[2]["disk-full-at-the-export-for-good"])

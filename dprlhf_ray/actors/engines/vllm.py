@@ -40,7 +40,7 @@ def environment(rollout: RolloutConfig) -> dict[str, str]:
 
 
 def computed_in(dtype: str) -> str:
-    """On a CPU without instructions for bfloat16, float32: it holds the same weights, and is several times faster."""
+    """On a CPU with AVX2 at most, where bfloat16 is emulated, float32: it holds the same weights."""
     slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     return "float32" if dtype == "bfloat16" and slow else dtype
 
