@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from dprlhf_ray.config import ModelConfig
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.models import adapters
+from dprlhf_ray.models.precision import computed_in
 from dprlhf_ray.privacy.private import Private
 
 VALUE_SCALE = 0.1  # length of the value head's input: policy and value share one clip, and hidden states are long
@@ -113,7 +114,8 @@ def load_policy(
 
 
 def load_frozen(auto: Any, path: str | Path, config: ModelConfig, longest: int, **settings: Any) -> Any:
-    """Open a model by one of transformers' auto classes: frozen, without dropout, in the config's dtype.
+    """Open a model by one of transformers' auto classes: frozen, without dropout, its weights rounded to the config's
+    dtype and held in the one that this machine computes in.
 
     Raises:
         ConfigError: it is no model of that class.
@@ -130,7 +132,7 @@ def load_frozen(auto: Any, path: str | Path, config: ModelConfig, longest: int, 
         )
     except (OSError, ValueError) as e:
         raise ConfigError(f"model.name: cannot load {path}: {str(e).splitlines()[0]}") from None
-    model.requires_grad_(False)
+    model.to(getattr(torch, computed_in(config.dtype))).requires_grad_(False)
     without_dropout(model)
     return model
 

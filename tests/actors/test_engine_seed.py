@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from dprlhf_ray.actors.engines.base import STATE_BYTES, key_generator
 from dprlhf_ray.actors.engines.transformers import TransformersEngine
-from dprlhf_ray.actors.engines.vllm import computed_in
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
 
 
@@ -52,14 +50,3 @@ def test_two_calls_of_one_engine_draw_independently(tiny_model: Path) -> None:
         engine.generate([(5, 6, 7)], 1)
         states.append(engine._generator.get_state())
     assert (states[0] == states[1]).float().mean() < 0.6
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype", "expected"),
-    [("AVX2", "bfloat16", "float32"), ("AVX512", "bfloat16", "bfloat16"), ("AVX2", "float32", "float32")],
-)
-def test_a_cpu_without_bfloat16_computes_in_float32(
-    monkeypatch: pytest.MonkeyPatch, capability: str, dtype: str, expected: str
-) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert computed_in(dtype) == expected

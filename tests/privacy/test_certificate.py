@@ -293,7 +293,7 @@ def test_scorers_are_public_or_post_processing_or_leave_the_cluster() -> None:
     members = [
         {"kind": "reward_model", "stage": "judge"},
         {"kind": "classifier", "model": "org/sentiment", "label": "POSITIVE"},
-        {"kind": "http", "url": "https://me:secret@judge.example.org/v1?key=token", "sends_private_text": True},
+        {"kind": "http", "url": "https://judge.example.org/v1?version=internal-7", "sends_private_text": True},
     ]
     stages = [
         {"kind": "reward_model", "name": "judge", "data": "reviews", "privacy": DP},
@@ -305,6 +305,6 @@ def test_scorers_are_public_or_post_processing_or_leave_the_cluster() -> None:
     assert found["post_processing"] == ["stage rl is scored by the reward model that stage judge released"]
     assert any("judge.example.org" in e and "leave the cluster" in e for e in found["excluded"])
     assert any("http scorers" in a for a in found["assumed"])
-    assert "secret" not in text and "token" not in text.split("Software")[0]
+    assert "internal-7" not in text  # the host is all that a certificate says of an address
     plain = _certificate(DP)[0]
     assert not any("leave the cluster" in e for e in plain["excluded"]) and plain["post_processing"] == []

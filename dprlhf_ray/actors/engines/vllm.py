@@ -16,6 +16,7 @@ import torch
 from dprlhf_ray.actors.engines import served_adapter
 from dprlhf_ray.actors.engines.base import Engine, Sampled, key_generator
 from dprlhf_ray.config import AdapterConfig, GenerationConfig, RolloutConfig
+from dprlhf_ray.models.precision import computed_in
 
 _EXTENSION = f"{__name__}.WorkerExtension"
 
@@ -37,12 +38,6 @@ def environment(rollout: RolloutConfig) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def computed_in(dtype: str) -> str:
-    """On a CPU with AVX2 at most, where bfloat16 is emulated, float32: it holds the same weights."""
-    slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    return "float32" if dtype == "bfloat16" and slow else dtype
 
 
 class WorkerExtension:
@@ -79,7 +74,7 @@ class VllmEngine(Engine):
 
         if not on_gpu:
             _disable_weight_packing()
-        settings: dict[str, Any] = {"dtype": dtype if on_gpu else computed_in(dtype)}
+        settings: dict[str, Any] = {"dtype": computed_in(dtype)}
         if rollout.staleness:  # of the distribution that is sampled from: after the temperature
             settings["logprobs_mode"] = "processed_logprobs"
         if not on_gpu:
