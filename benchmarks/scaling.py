@@ -141,7 +141,7 @@ def measure(setting: Setting, iterations: int) -> dict[str, Any]:
         """The rollout actor around a simulated engine."""
 
         def __init__(
-            self, model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str, lora_rank: int = 0
+            self, model_path: str, rollout: RolloutConfig, generation: GenerationConfig, dtype: str, adapter: Any = None
         ) -> None:
             self._engine = SimulatedEngine(model_path, rollout, generation, dtype)
 

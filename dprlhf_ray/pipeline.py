@@ -11,8 +11,8 @@ from typing import Any
 from dprlhf_ray.actors.cluster import ray, session  # first: sets Ray's environment before ray is imported
 from dprlhf_ray.actors.control import Control
 from dprlhf_ray.actors.fleet import Fleet
-from dprlhf_ray.actors.learner import CHECK_SEQUENCES, LearnerSpec
 from dprlhf_ray.actors.learner_group import LearnerGroup
+from dprlhf_ray.actors.learner_spec import CHECK_SEQUENCES, LearnerSpec
 from dprlhf_ray.actors.roles import ask, start_accountant, start_scorer
 from dprlhf_ray.collect import Records, Rollouts, Source
 from dprlhf_ray.config import AnyStage, RunConfig

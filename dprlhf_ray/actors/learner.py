@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dprlhf_ray.actors.learner_spec import CHECK_SEQUENCES, LearnerSpec
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.models import adapters
 from dprlhf_ray.models.optimizer import build_optimizer, set_lr
 from dprlhf_ray.models.policy import sync_weights
-from dprlhf_ray.privacy.mechanism import DPStep
 from dprlhf_ray.privacy.noise import noise_gradient, noise_metrics
 from dprlhf_ray.privacy.per_unit import Recorder
 from dprlhf_ray.privacy.permit import Permit
@@ -40,7 +39,6 @@ from dprlhf_ray.run_dir import check_checkpoints
 from dprlhf_ray.stages import batching, build
 from dprlhf_ray.stages.objective import Draw
 
-CHECK_SEQUENCES = 6  # public sequences on which engines and learner are compared after each sync
 GRADIENT_BYTES = 256 << 20  # per-record gradients held at once; speed and memory only
 
 if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
@@ -60,21 +58,6 @@ def unlock_builds(folder: str, older: float = 600.0) -> None:
         with contextlib.suppress(OSError):
             if time.time() - lock.stat().st_mtime > older:
                 lock.unlink()
-
-
-@dataclass(frozen=True)
-class LearnerSpec:
-    """What a rank needs to build itself: public settings only.
-
-    start: folder of the weights that the stage starts from.
-    """
-
-    config: RunConfig
-    stage_index: int
-    step: DPStep
-    run_dir: str
-    public_sequences: tuple[tuple[int, ...], ...]
-    start: str
 
 
 class WriteCheckFailed(RuntimeError):

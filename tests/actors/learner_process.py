@@ -25,7 +25,8 @@ def main() -> None:
     from safetensors.torch import save_file
 
     from dprlhf_ray import config_file
-    from dprlhf_ray.actors.learner import Learner, LearnerSpec
+    from dprlhf_ray.actors.learner import Learner
+    from dprlhf_ray.actors.learner_spec import LearnerSpec
     from dprlhf_ray.privacy.mechanism import DPStep
     from dprlhf_ray.privacy.permit import Permit
     from dprlhf_ray.stages.batching import deal

@@ -24,7 +24,8 @@ def replay(
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     from dprlhf_ray import config_file
-    from dprlhf_ray.actors.learner import Learner, LearnerSpec
+    from dprlhf_ray.actors.learner import Learner
+    from dprlhf_ray.actors.learner_spec import LearnerSpec
     from dprlhf_ray.privacy.mechanism import DPStep
     from dprlhf_ray.privacy.permit import Permit
     from dprlhf_ray.stages import build

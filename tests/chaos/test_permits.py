@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dprlhf_ray.actors.accountant import AccountantActor
-from dprlhf_ray.actors.learner_group import Mailbox
+from dprlhf_ray.actors.mailbox import Mailbox
 from dprlhf_ray.errors import DprlhfError, LedgerDamaged
 from dprlhf_ray.privacy.budget import Declaration
 from dprlhf_ray.privacy.permit import PermitRefused

@@ -54,7 +54,7 @@ def leaky_engine(seen: Path, tokenizer_path: str) -> type[RolloutActor]:
 
 def leaky_worker(seen: Path) -> Callable[[dict[str, Any]], None]:
     def worker(config: dict[str, Any]) -> None:
-        from dprlhf_ray.actors import learner, learner_group
+        from dprlhf_ray.actors import learner, rank
 
         plain = learner.Learner.update
 
@@ -65,7 +65,7 @@ def leaky_worker(seen: Path) -> Callable[[dict[str, Any]], None]:
             return plain(self, units, *rest)
 
         learner.Learner.update = update  # type: ignore[method-assign]
-        learner_group._worker(config)
+        rank.serve(config)
 
     return worker
 
@@ -137,7 +137,7 @@ def main() -> None:
 
     fleet.Fleet.generate = keep  # type: ignore[method-assign]
     fleet.Fleet.__init__.__kwdefaults__["actor_class"] = leaky_engine(SEEN, tree["model"]["name"])
-    learner_group._worker = leaky_worker(SEEN)
+    learner_group.serve = leaky_worker(SEEN)
     collect.Rollouts.collect = crash  # type: ignore[method-assign]
     pipeline.run = lambda *a: run(*a, on_step=on_step)  # type: ignore[assignment]
     ray.init = lambda **options: start(**options | {"object_store_memory": STORE})
