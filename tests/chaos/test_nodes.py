@@ -51,7 +51,7 @@ def done(chaos: Chaos, world: World, tmp_path_factory: pytest.TempPathFactory) -
             if attempt in LOST:
                 lost[LOST[attempt]] = lose(nodes, case, LOST[attempt])
 
-        with cluster.session(config):
+        with cluster._loopback_only(), cluster.session(config):  # as the nodes were started
             ended = run(config, root, on_step=fault)
         chaos.end()
         assert ended is None, (ended, case.lines()[-20:])
