@@ -8,7 +8,7 @@ import re
 from urllib.parse import parse_qsl, urlsplit
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_SECRET = re.compile(r"(pass(word|wd|phrase)?|pwd|secret|token|key|^sig(nature)?)$", re.IGNORECASE)
+_SECRET = re.compile(r"(pass(word|wd|phrase)?|pwd|secret|token|key|(^|[-_])sig(nature)?)$", re.IGNORECASE)
 _PASSWORD = re.compile(r"[^:/]*:[^@]+@")  # of SQLAlchemy: a password may hold a slash
 _DATABASE_PASSWORDS = ("password", "sslpassword")
 

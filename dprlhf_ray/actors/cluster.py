@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from dprlhf_ray.actors import token
+from dprlhf_ray.actors.compilers import compilers_of_this_environment
 from dprlhf_ray.config import RunConfig
 from dprlhf_ray.errors import ConfigError, DprlhfError
 from dprlhf_ray.network import past_proxies
@@ -41,6 +42,7 @@ def session(config: RunConfig) -> Iterator[str]:
     if ray.is_initialized():  # a notebook, a test, or a Ray job that connected before
         yield namespace
         return
+    compilers_of_this_environment()
     worker_env = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if not config.learner.use_gpu:
         threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.num_workers)

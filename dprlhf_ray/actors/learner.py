@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,14 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dprlhf_ray.actors.compilers import compilers_of_this_environment, unlock_builds
 from dprlhf_ray.actors.learner_spec import CHECK_SEQUENCES, LearnerSpec
 from dprlhf_ray.config import RunConfig
+from dprlhf_ray.errors import DprlhfError
 from dprlhf_ray.models import adapters
 from dprlhf_ray.models.optimizer import build_optimizer, set_lr
 from dprlhf_ray.models.policy import sync_weights
+from dprlhf_ray.models.precision import computed_in, learner_on_gpu
 from dprlhf_ray.privacy.noise import noise_gradient, noise_metrics
 from dprlhf_ray.privacy.per_unit import Recorder
 from dprlhf_ray.privacy.permit import Permit
@@ -41,23 +42,7 @@ from dprlhf_ray.stages.objective import Draw
 
 GRADIENT_BYTES = 256 << 20  # per-record gradients held at once; speed and memory only
 
-if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-    # DeepSpeed's compiled operation: environments that share one folder build it again in turns
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
-# and so do two versions of ninja: this environment's goes first
-os.environ["PATH"] = os.path.join(sys.prefix, "bin") + os.pathsep + os.environ.get("PATH", "")
-
-
-def unlock_builds(folder: str, older: float = 600.0) -> None:
-    """Remove locks of compilers that were killed: torch waits for them for ever.
-
-    Args:
-        folder: of compiled operations. older: seconds; a build takes one minute.
-    """
-    for lock in Path(folder).glob("*/lock"):
-        with contextlib.suppress(OSError):
-            if time.time() - lock.stat().st_mtime > older:
-                lock.unlink()
+compilers_of_this_environment()
 
 
 class WriteCheckFailed(RuntimeError):
@@ -77,6 +62,7 @@ class Learner:
         if config.learner.threads or not config.learner.use_gpu:
             torch.set_num_threads(config.learner.threads or max(1, (os.cpu_count() or 1) // self.world))
         torch.manual_seed(config.seed)
+        self._agree_on_dtype()
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(spec.start, trust_remote_code=False)
@@ -104,6 +90,17 @@ class Learner:
             reference = reference.to(self.engine.device)
         self.objective = build.build_objective(self.stage, self.model, self.recorder, reference)
         self.version = 0
+
+    def _agree_on_dtype(self) -> None:
+        """Raises DprlhfError where some ranks would hold bfloat16 weights and others float32."""
+        own = computed_in(self.spec.config.model.dtype, learner_on_gpu())
+        found: list[str] = [""] * self.world
+        dist.all_gather_object(found, own)
+        if len(set(found)) > 1:
+            raise DprlhfError(
+                "learner: only some ranks are on CPUs that compute in bfloat16 (AVX-512): set model.dtype to float32, "
+                "or learner.node_labels to nodes of one kind"
+            )
 
     # ------------------------------------------------------------------------------------------------- the DP step
 

@@ -100,9 +100,7 @@ class LearnerGroup:
 
     def _check_alive(self) -> None:
         if self._ended.is_set():
-            # Ray Train's text is a page, with a traceback of every rank: the error itself is its last line
-            lines = [line for line in str(self._failure or "").splitlines() if line.strip()]
-            raise LearnersFailed(f"the learner group ended: {lines[-1].strip() if lines else 'without an error'}")
+            raise LearnersFailed(f"the learner group ended: {_cause(self._failure)}")
 
     def _fit(self, spec: LearnerSpec, loop_config: dict[str, Any]) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -131,3 +129,15 @@ class LearnerGroup:
             self._failure = e
         finally:
             self._ended.set()
+
+
+def _cause(failure: BaseException | None) -> str:
+    """Why the ranks ended, in one line: of several, an error of ours, else the first rank's. Ray Train's own text is a
+    page, with a traceback of each rank."""
+    ranks: dict[int, Any] = getattr(failure, "worker_failures", {})
+    errors = [getattr(e, "_base_exc", e) for _, e in sorted(ranks.items())] or [failure]
+    first = next((e for e in errors if isinstance(e, DprlhfError)), errors[0])
+    said = next((line.strip() for line in str(first or "").splitlines() if line.strip()), "")
+    if isinstance(first, DprlhfError):
+        return said
+    return f"{type(first).__name__}: {said}" if first is not None else "without an error"

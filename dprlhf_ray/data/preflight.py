@@ -241,7 +241,7 @@ def _check_adapter(key: str, adapter: AdapterConfig, name: str, model: ModelFact
 
 def _memory_needed(config: RunConfig, model: ModelFacts) -> float:
     """GiB on this machine at the least: weights (training state for kind full), KV caches, libraries."""
-    width = 2 if config.model.dtype == "bfloat16" else 4
+    width = 2 if config.model.dtype == "bfloat16" and _has_avx512() else 4
     full = any(config.adapter_of(stage).kind == "full" for stage in config.stages)
     # full: float32 weights, summed gradient and two AdamW moments; an adapter's own share is negligible.
     learner = model.parameters * (16 if full else width) / _GIB + _PROCESS_GIB
@@ -251,6 +251,12 @@ def _memory_needed(config: RunConfig, model: ModelFacts) -> float:
     learners = 0 if config.learner.use_gpu else config.learner.num_workers
     engines = 0 if config.rollout.gpus_per_replica else config.rollout.replicas
     return learners * learner + engines * engine
+
+
+def _has_avx512() -> bool:
+    """Whether bfloat16 weights stay bfloat16 on this machine's CPUs (see `models/precision.py`, which needs torch)."""
+    path = Path("/proc/cpuinfo")
+    return " avx512f" in path.read_text() if path.exists() else False
 
 
 def _population(config: RunConfig, name: str) -> int | None:

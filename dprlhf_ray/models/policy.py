@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dprlhf_ray.config import ModelConfig
 from dprlhf_ray.errors import ConfigError
 from dprlhf_ray.models import adapters
-from dprlhf_ray.models.precision import computed_in
+from dprlhf_ray.models.precision import learner_on_gpu, widened
 from dprlhf_ray.privacy.private import Private
 
 VALUE_SCALE = 0.1  # length of the value head's input: policy and value share one clip, and hidden states are long
@@ -120,7 +120,7 @@ def load_frozen(auto: Any, path: str | Path, config: ModelConfig, longest: int, 
     Raises:
         ConfigError: it is no model of that class.
     """
-    attention = "eager" if longest <= SHORT and not torch.cuda.is_available() else "sdpa"
+    attention = "eager" if longest <= SHORT and not learner_on_gpu() else "sdpa"
     try:
         model = auto.from_pretrained(
             path,
@@ -132,7 +132,7 @@ def load_frozen(auto: Any, path: str | Path, config: ModelConfig, longest: int, 
         )
     except (OSError, ValueError) as e:
         raise ConfigError(f"model.name: cannot load {path}: {str(e).splitlines()[0]}") from None
-    model.to(getattr(torch, computed_in(config.dtype))).requires_grad_(False)
+    model = widened(model, config.dtype, learner_on_gpu()).requires_grad_(False)
     without_dropout(model)
     return model
 

@@ -59,7 +59,6 @@ PRIVATE_RAY = """
 import json, os, stat, time
 import psutil
 from dprlhf_ray import config_file
-from dprlhf_ray import config_file
 from dprlhf_ray.actors import cluster
 from dprlhf_ray.actors.cluster import ray
 

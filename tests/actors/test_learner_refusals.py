@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dprlhf_ray.actors import learner
-from dprlhf_ray.actors.learner import Learner, WriteCheckFailed, unlock_builds
+from dprlhf_ray.actors.compilers import unlock_builds
+from dprlhf_ray.actors.learner import Learner, WriteCheckFailed
 from dprlhf_ray.config import OptimizerConfig, RLStage
 from dprlhf_ray.privacy.mechanism import DPStep
 from dprlhf_ray.privacy.per_unit import Recorder

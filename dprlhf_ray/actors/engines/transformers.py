@@ -9,7 +9,7 @@ import torch
 
 from dprlhf_ray.actors.engines.base import Engine, Sampled, key_generator
 from dprlhf_ray.config import GenerationConfig, RolloutConfig
-from dprlhf_ray.models.precision import computed_in
+from dprlhf_ray.models.precision import widened
 
 
 class TransformersEngine(Engine):
@@ -23,7 +23,7 @@ class TransformersEngine(Engine):
         model: Any = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
         )
-        self._model = model.to(self._device, getattr(torch, computed_in(dtype))).eval()
+        self._model = widened(model, dtype, self._device.type == "cuda").to(self._device).eval()
         self._generator = torch.Generator(self._device)
         if rollout.threads:
             torch.set_num_threads(rollout.threads)

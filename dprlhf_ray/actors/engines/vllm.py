@@ -74,7 +74,7 @@ class VllmEngine(Engine):
 
         if not on_gpu:
             _disable_weight_packing()
-        settings: dict[str, Any] = {"dtype": computed_in(dtype)}
+        settings: dict[str, Any] = {"dtype": computed_in(dtype, on_gpu)}
         if rollout.staleness:  # of the distribution that is sampled from: after the temperature
             settings["logprobs_mode"] = "processed_logprobs"
         if not on_gpu:
