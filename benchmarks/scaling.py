@@ -15,7 +15,8 @@ after a sync take turns on them, which those on machines of their own would not.
 
 Work per iteration is the same everywhere: 48 prompts x 2 completions x 24 tokens, 2,304 tokens, 7.68 s of one engine.
 What an iteration should take is the bound: rollout (reserve + collect + sync) plus learning (learn + checkpoint), or
-with a draw ahead (`rollout.staleness: 1`) the longer of the two. Medians over the timed iterations, after one more.
+with a draw ahead (`rollout.staleness: 1`) the longer of the two. Medians over the timed iterations, after one more;
+with a draw ahead after two more.
 """
 
 from __future__ import annotations
@@ -175,14 +176,15 @@ def measure(setting: Setting, iterations: int) -> dict[str, Any]:
         write_model(folder / "model")
         write_prompts(folder / "private.jsonl", "the movie {} was one that", PROMPTS)
         write_prompts(folder / "public.jsonl", "the story {} is one that you will", 8)
-        config = config_file.parse(config_tree(folder, setting, iterations + 1))
+        config = config_file.parse(config_tree(folder, setting, iterations + 1 + setting.ahead))
         show = Recorder()
         with mock.patch.object(pipeline, "Fleet", partial(WholeFleet, actor_class=SimulatedActor)):
             pipeline.run(config, folder / "run", progress=show)
-    times = [when for when, _ in show.steps]
+    timed = show.steps[setting.ahead :]  # the first update, which is slow, hides the draws that were made beside it
+    times = [when for when, _ in timed]
     each = [
         {"seconds": after - before} | {name: figures[name] for name in LAPS}
-        for before, after, (_, figures) in zip(times, times[1:], show.steps[1:], strict=False)
+        for before, after, (_, figures) in zip(times, times[1:], timed[1:], strict=False)
     ]
     return {"replicas": setting.replicas, "learners": setting.learners, "ahead": setting.ahead, "iterations": each}
 
