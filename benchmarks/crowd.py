@@ -11,11 +11,10 @@ Real: the fleet (its loop, RLlib's actor manager, the check of each replica afte
 SQLite ledger, Ray. All of it shares the cores of this machine with the actors that play the replicas, so the figures
 are above those of a driver with a node of its own.
 
-What should grow with what, by the code: the driver sends, polls and takes in one message per chunk and two per replica
-and sync, so the seconds beyond the simulated ones should grow with the replicas (in a sync faster than they, as the
-manager looks each answer up in the list of all). The accountant is asked once per draw by the driver (reserve, which
-tells epsilon too) and once by the learners (redeem), and never by a replica: its seconds per draw should not depend on
-their number. They are measured while the fleet generates. Who else reads the accountant (a dashboard, an operator) is
+What grows with what: the driver sends, polls and takes in one message per chunk and two per replica and sync, so the
+seconds beyond the simulated ones grow with the replicas. The accountant is asked once per draw by the driver (reserve,
+which tells epsilon too) and once by the learners (redeem), and never by a replica: its seconds per draw should not
+depend on their number. They are measured while the fleet generates. Who else reads it (a dashboard, an operator) is
 the second table: 1,000 callers at once, and durable charges by one caller and by 1,000.
 """
 
