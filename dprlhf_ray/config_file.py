@@ -1,6 +1,6 @@
 """The config as a file: read, with overrides; checked, with one line for what is wrong; written.
 
-Like config.py, it imports no torch, ray or vllm.
+Like `config`, it imports no torch, ray or vllm.
 """
 
 from __future__ import annotations
