@@ -8,13 +8,15 @@ from itertools import islice
 from statistics import fmean, pstdev
 from typing import Any, Protocol
 
-from dprlhf_ray.actors.cluster import ray  # first: sets Ray's environment before ray is imported
+from dprlhf_ray.actors.answers import answer
 from dprlhf_ray.actors.fleet import Fleet
 from dprlhf_ray.actors.learner_group import LearnerGroup
 from dprlhf_ray.config import RLStage, ScorerConfig
 from dprlhf_ray.errors import DprlhfError
 from dprlhf_ray.evaluation.public import Evaluation
 from dprlhf_ray.records import Completion, Experience, Prompt, Unit
+
+PART = 64  # completions that a scorer gets with one call
 
 
 class Source(Protocol):
@@ -56,7 +58,7 @@ class Rollouts:
         rows = self._generate(self._public, 1)
         if self._stage.scorer.standardise and self.unit is None:
             pairs = [(p.text, c.text) for p, row in zip(self._public, rows, strict=True) for c in row]
-            self.unit = _unit(ray.get(self._scorer.values.remote(pairs)))
+            self.unit = _unit(self._ask_scorer("values", pairs))
         done = self._scored(self._public, rows)
         return Evaluation(  # a prompt that the engine cannot take has neither
             tuple(0.0 if r is None else r.reveal() for e in done for r in (*e.rewards, None)[:1]),
@@ -74,8 +76,14 @@ class Rollouts:
         texts = [
             (p.text, c.text, penalty(self._stage.scorer, c)) for p, row in zip(prompts, rows, strict=True) for c in row
         ]
-        rewards = iter(ray.get(self._scorer.score.remote(texts, *(self.unit or ()))) if texts else [])
+        rewards = iter(self._ask_scorer("score", texts, *(self.unit or ())))
         return [Experience(p, row, tuple(islice(rewards, len(row)))) for p, row in zip(prompts, rows, strict=True)]
+
+    def _ask_scorer(self, method: str, rows: Sequence[Any], *constants: float) -> list[Any]:
+        """One value per row. In parts, all asked for at once: each has the time that a role has for an answer."""
+        ask = getattr(self._scorer, method)
+        calls = [ask.remote(rows[i : i + PART], *constants) for i in range(0, len(rows), PART)]
+        return [value for call in calls for value in answer(self._scorer, "scorer", call)]
 
 
 def _unit(values: Sequence[float | None]) -> tuple[float, float]:

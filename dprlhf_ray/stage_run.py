@@ -14,7 +14,7 @@ from typing import Any
 from dprlhf_ray.actors.cluster import ray  # first: sets Ray's environment before ray is imported
 from dprlhf_ray.actors.fleet import Fleet
 from dprlhf_ray.actors.learner_group import LearnerGroup
-from dprlhf_ray.actors.roles import ask
+from dprlhf_ray.actors.roles import ask, reserve
 from dprlhf_ray.actors.sync_check import LogProbs
 from dprlhf_ray.collect import Source
 from dprlhf_ray.config import AnyStage, RunConfig
@@ -127,7 +127,7 @@ def run_stage(
 def _prepare(roles: Roles, plan: StagePlan, data: StageData, source: Source) -> Drawn:
     """Charge one attempt, draw, collect: in this order."""
     clock = Laps()
-    reserved = ray.get(roles.accountant.reserve.remote(plan.ledger_stage, roles.learners.incarnation))
+    reserved = reserve(roles.accountant, plan.ledger_stage, roles.learners.incarnation)
     drawn = draw(data, plan)
     clock.lap("reserve")
     units = source.collect(drawn)
@@ -145,7 +145,7 @@ def _start_over(lane: Lane, roles: Roles, plan: StagePlan, show: RunProgress, as
     _recover(roles, show)
     spent = int(ask(roles.accountant, "spent", plan.ledger_stage))
     while ahead and spent < asked:
-        spent = ray.get(roles.accountant.reserve.remote(plan.ledger_stage, roles.learners.incarnation)).attempt
+        spent = reserve(roles.accountant, plan.ledger_stage, roles.learners.incarnation).attempt
     return spent
 
 

@@ -19,6 +19,7 @@ import ray
 from transformers import AutoConfig, AutoTokenizer
 
 from dprlhf_ray import collect, config_file, pipeline, stage_run
+from dprlhf_ray.actors import answers
 from dprlhf_ray.actors import scorer as scorer_role
 from dprlhf_ray.actors.accountant import AccountantActor
 from dprlhf_ray.actors.learner_group import LearnersRestarted
@@ -53,6 +54,11 @@ class Direct:
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(remote=getattr(self._target, name))
+
+
+def _same(value: Any, timeout: float | None = None) -> Any:
+    """Stands for `ray.get` and `ray.put`."""
+    return value
 
 
 class Enough(Exception):
@@ -148,9 +154,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     accountant = AccountantActor(str(tmp_path / "ledger.db"))
     accountant.declare([Declaration("notes", "rl", STEP, 8.0, 1e-5)])
     found = World(tmp_path, accountant)
-    plain = SimpleNamespace(get=lambda x: x, put=lambda x: x, exceptions=ray.exceptions)
+    plain = SimpleNamespace(get=_same, put=_same, exceptions=ray.exceptions)
     monkeypatch.setattr(stage_run, "ray", plain)
-    monkeypatch.setattr(collect, "ray", plain)
+    monkeypatch.setattr(answers, "ray", plain)
     monkeypatch.setattr(stage_run, "ask", lambda actor, method, *a, **k: getattr(actor, method).remote(*a))
     monkeypatch.setattr(stage_run, "Gauges", lambda *names: Quiet())
     monkeypatch.setattr(stage_run, "poisson_draw", found.draw)
@@ -272,7 +278,7 @@ def test_a_prompt_without_completions_is_null_and_shifts_nobody_s_reward(monkeyp
         return [[] if p == (2,) else [Completion((g,), f"{p[0]}.{g}", False, 0) for g in range(group)] for p in prompts]
 
     score = SimpleNamespace(remote=lambda texts: [float(text) for _, text, _ in texts])
-    monkeypatch.setattr(collect, "ray", SimpleNamespace(get=lambda x: x))
+    monkeypatch.setattr(answers, "ray", SimpleNamespace(get=_same))
     fleet, scorer = SimpleNamespace(generate=generate), SimpleNamespace(score=score)
     source = collect.Rollouts(stage, fleet, scorer, [])  # type: ignore[arg-type]
     done = [e for unit in source.collect(drawn) for e in unit]
@@ -287,7 +293,7 @@ def test_a_user_s_completions_come_back_to_that_user(monkeypatch: pytest.MonkeyP
     drawn = [tuple(Experience(Prompt(i, (i + 1,), str(i)), (), ()) for i in unit) for unit in slots]
     generate = lambda prompts, group: [[Completion(p, str(p[0]), True, 0)] for p in prompts]  # noqa: E731
     score = SimpleNamespace(remote=lambda texts: [float(text) for _, text, _ in texts])
-    monkeypatch.setattr(collect, "ray", SimpleNamespace(get=lambda x: x))
+    monkeypatch.setattr(answers, "ray", SimpleNamespace(get=_same))
     source = collect.Rollouts(stage, SimpleNamespace(generate=generate), SimpleNamespace(score=score), [])  # type: ignore[arg-type]
     units = source.collect(drawn)
     assert [tuple(e.prompt.slot for e in unit) for unit in units] == slots
@@ -331,7 +337,7 @@ def test_standardised_rewards_have_the_unit_of_public_prompts_and_keep_it(monkey
             return [None if c == "4" else float(c) + offset for _, c in pairs]
 
     monkeypatch.setattr(scorer_role, "build_scorer", lambda *_: ByText())
-    monkeypatch.setattr(collect, "ray", SimpleNamespace(get=lambda x: x))
+    monkeypatch.setattr(answers, "ray", SimpleNamespace(get=_same))
     scorer = Direct(scorer_role.ScorerActor(stage.scorer))
     fleet = SimpleNamespace(generate=lambda ids, group: [[Completion((1,), str(i[0]), True, 0)] for i in ids])
     public = [Prompt(i, (i,), "") for i in (1, 3, 4)]

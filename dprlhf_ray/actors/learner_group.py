@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from dprlhf_ray.actors.answers import answer
 from dprlhf_ray.actors.learner_spec import LearnerSpec
 from dprlhf_ray.actors.mailbox import Mailbox
 from dprlhf_ray.actors.rank import serve
@@ -64,7 +65,7 @@ class LearnerGroup:
             LearnersFailed: the group could not start.
         """
         while True:
-            found = ray.get(self._mailbox.ready.remote(2.0))
+            found = self._ask("ready", 2.0)
             if found is not None:
                 self.incarnations += found[0] != self._incarnation
                 self._incarnation, self.info = found
@@ -79,11 +80,11 @@ class LearnerGroup:
             LearnersFailed: it is gone for good.
         """
         arguments = per_rank or [()] * self.world
-        seq = ray.get(self._mailbox.submit.remote(self._incarnation, method, arguments))
+        seq = self._ask("submit", self._incarnation, method, arguments)
         if seq < 0:
             raise LearnersRestarted("the learner group restarted before the command reached it")
         while True:
-            state, value = ray.get(self._mailbox.result.remote(self._incarnation, seq, 2.0))
+            state, value = self._ask("result", self._incarnation, seq, 2.0)
             if state == "done":
                 return value
             if state == "restarted":
@@ -97,6 +98,9 @@ class LearnerGroup:
                 self.call("stop")
             self._ended.wait(60)
         ray.kill(self._mailbox)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        return answer(self._mailbox, "learners' mailbox", getattr(self._mailbox, method).remote(*arguments))
 
     def _check_alive(self) -> None:
         if self._ended.is_set():

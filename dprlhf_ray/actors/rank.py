@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from dprlhf_ray.actors.answers import answer
 from dprlhf_ray.errors import DprlhfError, place_of
 
 if TYPE_CHECKING:  # torch and DeepSpeed are imported where a rank runs, and not where its function is passed on
@@ -67,7 +68,8 @@ def _execute(
         units = ray.get(share)
 
         def redeem() -> Any:
-            return ray.get(accountant.redeem.remote(token, incarnation, secrets.token_hex(8)))
+            call = accountant.redeem.remote(token, incarnation, secrets.token_hex(8))
+            return answer(accountant, "accountant", call)
 
         try:
             released = learner.update(units, attempt, baseline, redeem)

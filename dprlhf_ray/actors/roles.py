@@ -10,7 +10,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dprlhf_ray.actors.accountant import AccountantActor
+from dprlhf_ray.actors.accountant import AccountantActor, Reservation
+from dprlhf_ray.actors.answers import answer
 from dprlhf_ray.actors.scorer import ScorerActor
 from dprlhf_ray.config import RLStage
 
@@ -36,14 +37,25 @@ def ask(accountant: Any, method: str, *arguments: Any, patience: float = 120.0) 
 
     Waits up to `patience` seconds for an accountant that is starting again.
     """
-    deadline = time.monotonic() + patience
+    gone: float | None = None
     while True:
         try:
-            return ray.get(getattr(accountant, method).remote(*arguments))
+            return answer(accountant, "accountant", getattr(accountant, method).remote(*arguments))
         except ray.exceptions.ActorUnavailableError:
-            if time.monotonic() > deadline:
+            gone = gone or time.monotonic()
+            if time.monotonic() - gone > patience:
                 raise
             time.sleep(0.2)
+
+
+def reserve(accountant: Any, stage: str, incarnation: str) -> Reservation:
+    """Charge one attempt; see `AccountantActor.reserve`. Never repeated.
+
+    Raises:
+        ActorUnavailableError: the accountant died under the call; what it charged is in the ledger.
+    """
+    charged: Reservation = answer(accountant, "accountant", accountant.reserve.remote(stage, incarnation))
+    return charged
 
 
 def start_scorer(stage: RLStage, models: Mapping[str, Path], namespace: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dprlhf_ray.actors import cluster
+from dprlhf_ray.actors import answers, cluster
 from tests.chaos import points
 from tests.chaos.plan import Chaos
 from tests.chaos.runs import configured
@@ -44,6 +44,8 @@ def chaos(scratch: Path) -> Iterator[Chaos]:
             patch.setenv(name, value)
         here = str(Path(__file__).parent / "inject")
         patch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ["PYTHONPATH"]]))
+        for role in answers.PATIENCE:  # the driver's: how soon a small role that hangs is noticed
+            patch.setitem(answers.PATIENCE, role, 60.0)
         points.arm()
         try:
             yield Chaos(folder)

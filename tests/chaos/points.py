@@ -218,15 +218,9 @@ def strike(action: str, journal_path: str, args: tuple[Any, ...], result: Any) -
             os.kill(pid, signal.SIGKILL)
             while alive(pid):
                 time.sleep(0.01)
-    elif name == "stop":  # a role hangs, and is killed after some seconds
-        role, _, seconds = argument.partition("/")
-        for pid in living(journal_path, role):
+    elif name == "hang":  # the living processes of a role, for ever
+        for pid in living(journal_path, argument):
             os.kill(pid, signal.SIGSTOP)
-        import threading
-
-        threading.Timer(
-            float(seconds), lambda: [os.kill(p, signal.SIGKILL) for p in living(journal_path, role)]
-        ).start()
     elif name == "sleep":
         time.sleep(float(argument))
     elif name == "enospc":

@@ -24,9 +24,7 @@ CHARGE = [
     Fault("accountant-sigkill-between-charge-and-reply", "accountant.charge", "after", KILL, 2, lost=True, noises=0),
     Fault("accountant-sigkill-between-redeem-and-noise", "learner.noise", "before", "kill:accountant", 3, noises=1),
     Fault("accountant-sigkill-while-a-checkpoint-is-made", "accountant.head", "before", KILL, 4, noises=1),
-    Fault(
-        "accountant-hangs-at-the-charge-until-it-is-killed", "driver.metrics", "after", "stop:accountant/5", 5, noises=1
-    ),
+    Fault("accountant-hangs-at-the-charge", "driver.metrics", "after", "hang:accountant", 5, noises=1),
 ]
 REDEEM = [
     Fault("accountant-sigkill-between-reserve-and-redeem", "driver.generate", "before", "kill:accountant", 1,

@@ -23,7 +23,7 @@ GOES_ON = [
     Fault("scorer-sigkill-at-bring-up", "scorer.start", "after", KILL, 0),
     Fault("scorer-sigkill-while-scoring", "scorer.score", "before", KILL, 1),
     Fault("scorer-sigkill-between-scoring-and-reply", "scorer.score", "after", KILL, 2),
-    Fault("scorer-hangs-until-it-is-killed", "driver.draw", "after", "stop:scorer/5", 3),
+    Fault("scorer-hangs", "driver.draw", "after", "hang:scorer", 3),
     Fault("scorer-is-slow", "scorer.score", "before", "sleep:2", 4),
     Fault("scorer-values-not-finite", "scorer.function", "after", "call:tests.chaos.corrupt:nan_rewards", 5),
 ]
@@ -49,7 +49,7 @@ def test_it_is_asked_again(fault: Fault, done: Done) -> None:
     """False: the fault did not strike, or the attempt that it hit was lost."""
     case, seen, _ = done
     assert case.struck(fault) == 1 and (fault.attempt == 0 or fault.attempt in seen.released)
-    if "killed" in fault.id or "sigkill" in fault.id:
+    if "hangs" in fault.id or "sigkill" in fault.id:
         assert case.came_back(fault, "scorer")
 
 

@@ -1,0 +1,113 @@
+"""A small role that hangs is killed and started again; what it was asked is asked again, or fails as at a death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from dprlhf_ray import collect
+from dprlhf_ray.actors import answers, roles
+from dprlhf_ray.actors.answers import RoleHangs, answer
+from dprlhf_ray.actors.roles import ask
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+class Role:
+    """Stops at one call, as a process does whose disk or database is gone."""
+
+    def __init__(self, always: bool = False) -> None:
+        self._always = always
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def twice(self, rows: list[int], slow: float = 0.0) -> list[int]:
+        time.sleep(slow)
+        if self._always:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return [2 * x for x in rows]
+
+
+def _start(repeats: int, *arguments: Any) -> Any:
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": repeats}
+    return ray.remote(Role).options(**options).remote(*arguments)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "PATIENCE", {"accountant": 8.0, "scorer": 8.0})
+
+
+def _hang(role: Any) -> int:
+    pid = int(ray.get(role.pid.remote()))
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def _is_gone(pid: int) -> bool:
+    return not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_call_that_may_be_repeated_is_answered_after_a_hang(impatient: None) -> None:
+    """False: a scorer that hangs holds up a run for ever, or goes on beside its successor."""
+    role = _start(-1)
+    pid = _hang(role)
+    assert answer(role, "scorer", role.twice.remote([3])) == [6]
+    assert _is_gone(pid)
+
+
+def test_a_call_that_must_not_be_repeated_fails_as_at_a_death(impatient: None) -> None:
+    """False: an attempt is charged twice, or a run waits for ever for an accountant that hangs."""
+    role = _start(0)
+    pid = _hang(role)
+    with pytest.raises(ray.exceptions.ActorUnavailableError):
+        answer(role, "accountant", role.twice.remote([3]))
+    assert ask(role, "twice", [4]) == [8] and _is_gone(pid)
+
+
+def test_the_time_of_a_hang_is_not_the_time_of_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """False: after a hang that took longer than a start may, a run ends instead of asking the new accountant."""
+    clock, died = [1000.0], ray.exceptions.ActorUnavailableError("it was killed", b"0" * 16)
+    answers_in_turn = iter([died, died, 7])
+
+    def slow(*_: Any) -> Any:
+        clock[0] += 600.0 if clock[0] == 1000.0 else 1.0
+        found = next(answers_in_turn)
+        if found is died:
+            raise died
+        return found
+
+    monkeypatch.setattr(roles, "answer", slow)
+    monkeypatch.setattr(roles, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda _: None))
+    assert ask(SimpleNamespace(spent=SimpleNamespace(remote=lambda: None)), "spent", patience=120.0) == 7
+
+
+def test_a_role_that_hangs_again_and_again_ends_the_run_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    monkeypatch.setattr(answers, "HANGS", 2)
+    role = _start(-1, True)
+    with pytest.raises(RoleHangs, match="the scorer gave no answer within 8 s, 2 times in a row") as found:
+        answer(role, "scorer", role.twice.remote([3]))
+    assert "\n" not in str(found.value) and "--resume" in str(found.value)
+    ray.kill(role)
+
+
+def test_a_slow_scorer_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """False: a large draw that takes longer than one answer may is taken for a hang."""
+    monkeypatch.setattr(answers, "PATIENCE", {"scorer": 3.0})
+    monkeypatch.setattr(collect, "PART", 2)
+    role = _start(-1)
+    pid = ray.get(role.pid.remote())
+    source = collect.Rollouts(None, None, role, [])  # type: ignore[arg-type]
+    rows = list(range(9))
+    assert source._ask_scorer("twice", rows, 1.0) == [2 * x for x in rows]  # five parts: 5 s
+    assert ray.get(role.pid.remote()) == pid
+    assert source._ask_scorer("twice", []) == []
