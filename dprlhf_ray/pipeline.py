@@ -125,11 +125,11 @@ def _roles(
                 namespace=namespace, adapter=config.adapter_of(stage),
             )  # fmt: skip
             control = Control(here.root, roles.fleet)
-            if config.learner.use_gpu and config.rollout.gpus_per_replica:
-                learners.wait_ready()  # replicas take what GPUs are left: they may be fewer, learners may not
-            control.start(config.rollout.replicas)
+            if config.learner.use_gpu and config.rollout.gpus_per_replica + config.rollout.scorer_gpus:
+                learners.wait_ready()  # replicas take what GPUs are left: they may be fewer, other roles may not
             trained = {s.name: here.model(s.name) / "merged" for s in config.stages if s.kind == "reward_model"}
-            roles.scorer = start_scorer(stage, trained, namespace)
+            roles.scorer = start_scorer(stage, trained, namespace, config.rollout.scorer_gpus)
+            control.start(config.rollout.replicas)
         yield roles
     finally:
         learners.stop()

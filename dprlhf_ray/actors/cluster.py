@@ -114,11 +114,11 @@ def _check_gpus(config: RunConfig) -> None:
     """On one machine nobody adds GPUs: what waits for one would wait for ever."""
     needed = float(config.learner.num_workers * config.learner.use_gpu)
     if any(s.kind == "rl" for s in config.stages):
-        needed += config.rollout.gpus_per_replica
+        needed += config.rollout.gpus_per_replica + config.rollout.scorer_gpus
     if needed > (there := ray.cluster_resources().get("GPU", 0)):
         raise ConfigError(
-            f"learner.use_gpu, rollout.gpus_per_replica: {needed:g} GPUs are needed for learners and one replica, this "
-            f"machine has {there:g}: ask for less, or name a cluster (ray.address)"
+            f"learner.use_gpu, rollout.gpus_per_replica, rollout.scorer_gpus: {needed:g} GPUs are needed for learners, "
+            f"one replica and the scorer, this machine has {there:g}: ask for less, or name a cluster (ray.address)"
         )
 
 

@@ -58,14 +58,19 @@ def reserve(accountant: Any, stage: str, incarnation: str) -> Reservation:
     return charged
 
 
-def start_scorer(stage: RLStage, models: Mapping[str, Path], namespace: str) -> Any:
+def start_scorer(stage: RLStage, models: Mapping[str, Path], namespace: str, gpus: float = 0.0) -> Any:
     """A stateless scorer; its calls may be repeated, so Ray retries them after a restart.
 
     Args:
         models: folders of this run's reward models, by stage.
+        gpus: reserved for it; waits until it has them.
     """
-    return (
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+    scorer: Any = (
         ray.remote(ScorerActor)
-        .options(name=f"scorer-{stage.name}", namespace=namespace, num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        .options(name=f"scorer-{stage.name}", namespace=namespace, **options)
         .remote(stage.scorer, dict(models))
     )
+    if gpus:
+        answer(scorer, "scorer", scorer.ping.remote())
+    return scorer

@@ -80,9 +80,8 @@ def side_by_side(config: RunConfig) -> int:
         nodes = sum(bool(n["Alive"]) for n in ray.nodes())
     finally:
         ray.shutdown()
-    need = (
-        config.learner.num_workers * config.learner.use_gpu + config.rollout.replicas * config.rollout.gpus_per_replica
-    )
+    learners, rollout = config.learner.num_workers * config.learner.use_gpu, config.rollout
+    need = learners + rollout.replicas * rollout.gpus_per_replica + rollout.scorer_gpus
     return max(1, int(gpus // need) if need else nodes)
 
 

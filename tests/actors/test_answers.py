@@ -1,4 +1,4 @@
-"""A small role that hangs is killed and started again; what it was asked is asked again, or fails as at a death."""
+"""The small roles: one that hangs is killed and started again, and is asked again, or its call fails as at a death."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import ray
 from dprlhf_ray import collect
 from dprlhf_ray.actors import answers, roles
 from dprlhf_ray.actors.answers import RoleHangs, answer
-from dprlhf_ray.actors.roles import ask
+from dprlhf_ray.actors.roles import ask, start_scorer
+from dprlhf_ray.config import RLStage
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -111,3 +112,21 @@ def test_a_slow_scorer_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     assert source._ask_scorer("twice", rows, 1.0) == [2 * x for x in rows]  # five parts: 5 s
     assert ray.get(role.pid.remote()) == pid
     assert source._ask_scorer("twice", []) == []
+
+
+def test_a_scorer_has_the_gpus_that_it_asks_for() -> None:
+    """False: a reward model scores on a CPU on a cluster of GPUs, or on one that is an engine's."""
+    stage = RLStage.model_validate({"privacy": {"epsilon": 1.0}, "scorer": {"kind": "sentiment_rule"}})
+    scorer = start_scorer(stage, {}, "gpus", 1.0)
+    _until_free(0.0)
+    (reward,) = ray.get(scorer.score.remote([("It was", " a great film", 0.0)]))
+    assert reward.reveal() > 0
+    ray.kill(scorer)
+    _until_free(1.0)
+
+
+def _until_free(gpus: float) -> None:
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("GPU", 0.0) != gpus:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

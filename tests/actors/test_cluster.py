@@ -108,9 +108,9 @@ def test_too_few_gpus_on_one_machine_are_one_line_and_none_are_asked_for_without
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """False: a replica waits for ever for a GPU that nobody will add."""
-    tree = {"learner": {"use_gpu": True}, "rollout": {"gpus_per_replica": 1}}
+    tree = {"learner": {"use_gpu": True}, "rollout": {"gpus_per_replica": 1, "scorer_gpus": 1}}
     rl, sft = ({**tree, "stages": [{"kind": kind, "privacy": {"epsilon": 8.0}}]} for kind in ("rl", "sft"))
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"GPU": 1.0})
     cluster._check_gpus(config_file.parse(sft))
-    with pytest.raises(ConfigError, match=r"2 GPUs are needed .* this machine has 1"):
+    with pytest.raises(ConfigError, match=r"3 GPUs are needed .* this machine has 1"):
         cluster._check_gpus(config_file.parse(rl))
