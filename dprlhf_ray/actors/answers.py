@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import ray
-
+from dprlhf_ray.actors.cluster import ray  # first: sets Ray's environment before ray is imported
 from dprlhf_ray.errors import DprlhfError
 
 # Seconds without an answer, after which a role counts as hung.

@@ -16,24 +16,9 @@ from dprlhf_ray.actors import answers, roles
 from dprlhf_ray.actors.answers import RoleHangs, answer
 from dprlhf_ray.actors.roles import ask, start_scorer
 from dprlhf_ray.config import RLStage
+from tests.actors.hanging_role import Role
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-
-
-class Role:
-    """Stops at one call, as a process does whose disk or database is gone."""
-
-    def __init__(self, always: bool = False) -> None:
-        self._always = always
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def twice(self, rows: list[int], slow: float = 0.0) -> list[int]:
-        time.sleep(slow)
-        if self._always:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return [2 * x for x in rows]
 
 
 def _start(repeats: int, *arguments: Any) -> Any:
@@ -43,7 +28,7 @@ def _start(repeats: int, *arguments: Any) -> Any:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "PATIENCE", {"accountant": 8.0, "scorer": 8.0})
+    monkeypatch.setattr(answers, "PATIENCE", {"accountant": 10.0, "scorer": 10.0})
 
 
 def _hang(role: Any) -> int:
@@ -95,7 +80,7 @@ def test_a_role_that_hangs_again_and_again_ends_the_run_in_one_line(
 ) -> None:
     monkeypatch.setattr(answers, "HANGS", 2)
     role = _start(-1, True)
-    with pytest.raises(RoleHangs, match="the scorer gave no answer within 8 s, 2 times in a row") as found:
+    with pytest.raises(RoleHangs, match="the scorer gave no answer within 10 s, 2 times in a row") as found:
         answer(role, "scorer", role.twice.remote([3]))
     assert "\n" not in str(found.value) and "--resume" in str(found.value)
     ray.kill(role)
@@ -103,7 +88,7 @@ def test_a_role_that_hangs_again_and_again_ends_the_run_in_one_line(
 
 def test_a_slow_scorer_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     """False: a large draw that takes longer than one answer may is taken for a hang."""
-    monkeypatch.setattr(answers, "PATIENCE", {"scorer": 3.0})
+    monkeypatch.setattr(answers, "PATIENCE", {"scorer": 4.0})
     monkeypatch.setattr(collect, "PART", 2)
     role = _start(-1)
     pid = ray.get(role.pid.remote())

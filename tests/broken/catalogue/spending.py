@@ -9,8 +9,8 @@ CHARGE: list[Fault] = [
         "charge first",
         "the draw comes before the charge",
         "dprlhf_ray/stage_run.py",
-        "    reserved = ray.get(",
-        "    draw(data, plan)\n    reserved = ray.get(",
+        "    reserved = reserve(",
+        "    draw(data, plan)\n    reserved = reserve(",
         (LOOP + "test_nothing_private_is_touched_before_its_charge_is_on_disk",),
     ),
     Fault(
@@ -25,8 +25,8 @@ CHARGE: list[Fault] = [
         "charge first",
         "a retry makes the same attempt again",
         "dprlhf_ray/stage_run.py",
-        "    reserved = ray.get(",
-        "    _prepare.kept = reserved = getattr(_prepare, 'kept', None) or ray.get(",
+        "    reserved = reserve(",
+        "    _prepare.kept = reserved = getattr(_prepare, 'kept', None) or reserve(",
         (LOOP + "test_an_attempt_that_died_is_charged_again_with_a_new_draw_rollout_and_permit",),
     ),
     Fault(
