@@ -16,7 +16,7 @@ from dprlhf_ray.errors import DprlhfError
 from dprlhf_ray.evaluation.public import Evaluation
 from dprlhf_ray.records import Completion, Experience, Prompt, Unit
 
-PART = 64  # completions that a scorer gets with one call
+PART = 16  # completions that a scorer gets with one call
 
 
 class Source(Protocol):
@@ -83,7 +83,7 @@ class Rollouts:
         """One value per row. In parts, all asked for at once: each has the time that a role has for an answer."""
         ask = getattr(self._scorer, method)
         calls = [ask.remote(rows[i : i + PART], *constants) for i in range(0, len(rows), PART)]
-        return [value for call in calls for value in answer(self._scorer, "scorer", call)]
+        return [value for call in calls for value in answer(self._scorer, "scorer", method, call)]
 
 
 def _unit(values: Sequence[float | None]) -> tuple[float, float]:

@@ -145,7 +145,10 @@ def _start_over(lane: Lane, roles: Roles, plan: StagePlan, show: RunProgress, as
     _recover(roles, show)
     spent = int(ask(roles.accountant, "spent", plan.ledger_stage))
     while ahead and spent < asked:
-        spent = reserve(roles.accountant, plan.ledger_stage, roles.learners.incarnation).attempt
+        try:
+            spent = reserve(roles.accountant, plan.ledger_stage, roles.learners.incarnation).attempt
+        except ray.exceptions.ActorUnavailableError:
+            spent = int(ask(roles.accountant, "spent", plan.ledger_stage))
     return spent
 
 

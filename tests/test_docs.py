@@ -16,7 +16,12 @@ from dprlhf_ray import cli, config_file
 from dprlhf_ray.config import STAGES, DataConfig, RLStage, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "cluster/README.md",
+    *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
+)
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 

@@ -56,9 +56,10 @@ class Direct:
         return SimpleNamespace(remote=getattr(self._target, name))
 
 
-def _same(value: Any, timeout: float | None = None) -> Any:
-    """Stands for `ray.get` and `ray.put`."""
-    return value
+# Ray, where a call is its answer.
+PLAIN = SimpleNamespace(
+    get=lambda call: call, put=lambda value: value, wait=lambda calls, timeout: (calls, []), exceptions=ray.exceptions
+)
 
 
 class Enough(Exception):
@@ -154,9 +155,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     accountant = AccountantActor(str(tmp_path / "ledger.db"))
     accountant.declare([Declaration("notes", "rl", STEP, 8.0, 1e-5)])
     found = World(tmp_path, accountant)
-    plain = SimpleNamespace(get=_same, put=_same, exceptions=ray.exceptions)
-    monkeypatch.setattr(stage_run, "ray", plain)
-    monkeypatch.setattr(answers, "ray", plain)
+    monkeypatch.setattr(stage_run, "ray", PLAIN)
+    monkeypatch.setattr(answers, "ray", PLAIN)
     monkeypatch.setattr(stage_run, "ask", lambda actor, method, *a, **k: getattr(actor, method).remote(*a))
     monkeypatch.setattr(stage_run, "Gauges", lambda *names: Quiet())
     monkeypatch.setattr(stage_run, "poisson_draw", found.draw)
@@ -278,7 +278,7 @@ def test_a_prompt_without_completions_is_null_and_shifts_nobody_s_reward(monkeyp
         return [[] if p == (2,) else [Completion((g,), f"{p[0]}.{g}", False, 0) for g in range(group)] for p in prompts]
 
     score = SimpleNamespace(remote=lambda texts: [float(text) for _, text, _ in texts])
-    monkeypatch.setattr(answers, "ray", SimpleNamespace(get=_same))
+    monkeypatch.setattr(answers, "ray", PLAIN)
     fleet, scorer = SimpleNamespace(generate=generate), SimpleNamespace(score=score)
     source = collect.Rollouts(stage, fleet, scorer, [])  # type: ignore[arg-type]
     done = [e for unit in source.collect(drawn) for e in unit]
@@ -293,7 +293,7 @@ def test_a_user_s_completions_come_back_to_that_user(monkeypatch: pytest.MonkeyP
     drawn = [tuple(Experience(Prompt(i, (i + 1,), str(i)), (), ()) for i in unit) for unit in slots]
     generate = lambda prompts, group: [[Completion(p, str(p[0]), True, 0)] for p in prompts]  # noqa: E731
     score = SimpleNamespace(remote=lambda texts: [float(text) for _, text, _ in texts])
-    monkeypatch.setattr(answers, "ray", SimpleNamespace(get=_same))
+    monkeypatch.setattr(answers, "ray", PLAIN)
     source = collect.Rollouts(stage, SimpleNamespace(generate=generate), SimpleNamespace(score=score), [])  # type: ignore[arg-type]
     units = source.collect(drawn)
     assert [tuple(e.prompt.slot for e in unit) for unit in units] == slots
@@ -337,7 +337,7 @@ def test_standardised_rewards_have_the_unit_of_public_prompts_and_keep_it(monkey
             return [None if c == "4" else float(c) + offset for _, c in pairs]
 
     monkeypatch.setattr(scorer_role, "build_scorer", lambda *_: ByText())
-    monkeypatch.setattr(answers, "ray", SimpleNamespace(get=_same))
+    monkeypatch.setattr(answers, "ray", PLAIN)
     scorer = Direct(scorer_role.ScorerActor(stage.scorer))
     fleet = SimpleNamespace(generate=lambda ids, group: [[Completion((1,), str(i[0]), True, 0)] for i in ids])
     public = [Prompt(i, (i,), "") for i in (1, 3, 4)]

@@ -14,14 +14,16 @@ import threading
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dprlhf_ray.actors.answers import answer
+from dprlhf_ray.actors.answers import answered
 from dprlhf_ray.actors.learner_spec import LearnerSpec
 from dprlhf_ray.actors.mailbox import Mailbox
 from dprlhf_ray.actors.rank import serve
 from dprlhf_ray.errors import DprlhfError, LearnersRestarted
+
+MAILBOX = 600.0  # seconds without an answer, after which it counts as hung
 
 
 class LearnersFailed(DprlhfError):
@@ -100,7 +102,14 @@ class LearnerGroup:
         ray.kill(self._mailbox)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        return answer(self._mailbox, "learners' mailbox", getattr(self._mailbox, method).remote(*arguments))
+        """What the mailbox answers. It keeps what the ranks wait for, so that no other can replace it."""
+        call = getattr(self._mailbox, method).remote(*arguments)
+        try:
+            if answered(call, MAILBOX):
+                return ray.get(call)
+        except ActorDiedError:
+            pass
+        raise LearnersFailed("the learners' mailbox died, or hangs: run again with --resume")
 
     def _check_alive(self) -> None:
         if self._ended.is_set():

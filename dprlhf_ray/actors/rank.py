@@ -69,7 +69,7 @@ def _execute(
 
         def redeem() -> Any:
             call = accountant.redeem.remote(token, incarnation, secrets.token_hex(8))
-            return answer(accountant, "accountant", call)
+            return answer(accountant, "accountant", "redeem", call)
 
         try:
             released = learner.update(units, attempt, baseline, redeem)

@@ -36,7 +36,9 @@ class RolloutConfig(Section):
     replicas: int = Field(1, ge=1)
     tensor_parallel_size: int = Field(1, ge=1)
     gpus_per_replica: float = Field(0.0, ge=0)
-    scorer_gpus: float = Field(0.0, ge=0, description="GPUs for the scorer's models (0: they run on CPUs)")
+    scorer_gpus: int = Field(
+        0, ge=0, description="GPUs for the scorer's models, shared with nobody (0: they run on CPUs)"
+    )
     node_labels: dict[str, str] = Field(
         default_factory=dict, description="only on nodes with these Ray labels, e.g. {dprlhf-role: rollouts}"
     )

@@ -28,7 +28,7 @@ def _start(repeats: int, *arguments: Any) -> Any:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "PATIENCE", {"accountant": 10.0, "scorer": 10.0})
+    monkeypatch.setattr(answers, "LONG", 10.0)
 
 
 def _hang(role: Any) -> int:
@@ -45,7 +45,7 @@ def test_a_call_that_may_be_repeated_is_answered_after_a_hang(impatient: None) -
     """False: a scorer that hangs holds up a run for ever, or goes on beside its successor."""
     role = _start(-1)
     pid = _hang(role)
-    assert answer(role, "scorer", role.twice.remote([3])) == [6]
+    assert answer(role, "scorer", "twice", role.twice.remote([3])) == [6]
     assert _is_gone(pid)
 
 
@@ -54,7 +54,7 @@ def test_a_call_that_must_not_be_repeated_fails_as_at_a_death(impatient: None) -
     role = _start(0)
     pid = _hang(role)
     with pytest.raises(ray.exceptions.ActorUnavailableError):
-        answer(role, "accountant", role.twice.remote([3]))
+        answer(role, "accountant", "twice", role.twice.remote([3]))
     assert ask(role, "twice", [4]) == [8] and _is_gone(pid)
 
 
@@ -75,20 +75,29 @@ def test_the_time_of_a_hang_is_not_the_time_of_a_start(monkeypatch: pytest.Monke
     assert ask(SimpleNamespace(spent=SimpleNamespace(remote=lambda: None)), "spent", patience=120.0) == 7
 
 
+def test_hangs_count_over_calls_that_are_not_repeated(monkeypatch: pytest.MonkeyPatch, impatient: None) -> None:
+    """False: an accountant whose disk is gone is killed and asked for ever."""
+    monkeypatch.setattr(answers, "HANGS", 2)
+    role = _start(0, True)
+    with pytest.raises(RoleHangs, match="the accountant gave no answer within 10 s, 2 times in a row"):
+        ask(role, "twice", [3])
+    ray.kill(role)
+
+
 def test_a_role_that_hangs_again_and_again_ends_the_run_in_one_line(
     monkeypatch: pytest.MonkeyPatch, impatient: None
 ) -> None:
     monkeypatch.setattr(answers, "HANGS", 2)
     role = _start(-1, True)
     with pytest.raises(RoleHangs, match="the scorer gave no answer within 10 s, 2 times in a row") as found:
-        answer(role, "scorer", role.twice.remote([3]))
+        answer(role, "scorer", "twice", role.twice.remote([3]))
     assert "\n" not in str(found.value) and "--resume" in str(found.value)
     ray.kill(role)
 
 
 def test_a_slow_scorer_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     """False: a large draw that takes longer than one answer may is taken for a hang."""
-    monkeypatch.setattr(answers, "PATIENCE", {"scorer": 4.0})
+    monkeypatch.setattr(answers, "LONG", 4.0)
     monkeypatch.setattr(collect, "PART", 2)
     role = _start(-1)
     pid = ray.get(role.pid.remote())
@@ -102,7 +111,7 @@ def test_a_slow_scorer_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_scorer_has_the_gpus_that_it_asks_for() -> None:
     """False: a reward model scores on a CPU on a cluster of GPUs, or on one that is an engine's."""
     stage = RLStage.model_validate({"privacy": {"epsilon": 1.0}, "scorer": {"kind": "sentiment_rule"}})
-    scorer = start_scorer(stage, {}, "gpus", 1.0)
+    scorer = start_scorer(stage, {}, "gpus", 1)
     _until_free(0.0)
     (reward,) = ray.get(scorer.score.remote([("It was", " a great film", 0.0)]))
     assert reward.reveal() > 0

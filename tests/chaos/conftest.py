@@ -44,8 +44,8 @@ def chaos(scratch: Path) -> Iterator[Chaos]:
             patch.setenv(name, value)
         here = str(Path(__file__).parent / "inject")
         patch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ["PYTHONPATH"]]))
-        for role in answers.PATIENCE:  # the driver's: how soon a small role that hangs is noticed
-            patch.setitem(answers.PATIENCE, role, 60.0)
+        for patience in ("QUICK", "LONG"):  # the driver's: how soon a small role that hangs is noticed
+            patch.setattr(answers, patience, 60.0)
         points.arm()
         try:
             yield Chaos(folder)

@@ -251,7 +251,9 @@ def test_the_job_s_command_is_one_the_program_takes() -> None:
 
 def _gpus(config: RunConfig) -> float:
     return (
-        config.learner.num_workers * config.learner.use_gpu + config.rollout.replicas * config.rollout.gpus_per_replica
+        config.learner.num_workers * config.learner.use_gpu
+        + config.rollout.replicas * config.rollout.gpus_per_replica
+        + config.rollout.scorer_gpus
     )
 
 
