@@ -21,9 +21,9 @@ from tests.actors.hanging_role import Role
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-def _start(repeats: int, *arguments: Any) -> Any:
+def _start(repeats: int) -> Any:
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": repeats}
-    return ray.remote(Role).options(**options).remote(*arguments)
+    return ray.remote(Role).options(**options).remote()
 
 
 @pytest.fixture
@@ -75,24 +75,30 @@ def test_the_time_of_a_hang_is_not_the_time_of_a_start(monkeypatch: pytest.Monke
     assert ask(SimpleNamespace(spent=SimpleNamespace(remote=lambda: None)), "spent", patience=120.0) == 7
 
 
-def test_hangs_count_over_calls_that_are_not_repeated(monkeypatch: pytest.MonkeyPatch, impatient: None) -> None:
-    """False: an accountant whose disk is gone is killed and asked for ever."""
-    monkeypatch.setattr(answers, "HANGS", 2)
-    role = _start(0, True)
-    with pytest.raises(RoleHangs, match="the accountant gave no answer within 10 s, 2 times in a row"):
-        ask(role, "twice", [3])
-    ray.kill(role)
-
-
+@pytest.mark.parametrize("repeated", [True, False])
 def test_a_role_that_hangs_again_and_again_ends_the_run_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, impatient: None
+    repeated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "HANGS", 2)
-    role = _start(-1, True)
-    with pytest.raises(RoleHangs, match="the scorer gave no answer within 10 s, 2 times in a row") as found:
-        answer(role, "scorer", "twice", role.twice.remote([3]))
+    """False: a role whose disk is gone is killed and asked for ever. A call that Ray does not repeat fails after each
+    kill, and the next one hangs again."""
+    killed: list[Any] = []
+    died = ray.exceptions.ActorUnavailableError("it was killed", b"0" * 16)
+
+    def wait(calls: list[list[int]], timeout: float) -> tuple[list[Any], list[Any]]:
+        (call,) = calls
+        return (calls, []) if not repeated and len(killed) > call[0] else ([], calls)
+
+    def get(call: Any) -> None:
+        raise died
+
+    fake = SimpleNamespace(wait=wait, get=get, kill=lambda *a, **k: killed.append(a), exceptions=ray.exceptions)
+    monkeypatch.setattr(answers, "ray", fake)
+    role = SimpleNamespace(spent=SimpleNamespace(remote=lambda: [len(killed)]))
+    monkeypatch.setattr(roles, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _: None))
+    with pytest.raises(RoleHangs, match=f"the accountant gave no answer within 600 s, {answers.HANGS} times") as found:
+        ask(role, "spent")
     assert "\n" not in str(found.value) and "--resume" in str(found.value)
-    ray.kill(role)
+    assert len(killed) == answers.HANGS and not answers._in_a_row
 
 
 def test_a_slow_scorer_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
