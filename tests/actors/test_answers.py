@@ -114,18 +114,23 @@ def test_a_slow_scorer_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     assert source._ask_scorer("twice", []) == []
 
 
-def test_a_scorer_has_the_gpus_that_it_asks_for() -> None:
-    """False: a reward model scores on a CPU on a cluster of GPUs, or on one that is an engine's."""
+def test_a_scorer_has_the_gpus_that_it_asks_for_and_sees_no_other() -> None:
+    """False: a reward model scores on a CPU on a cluster of GPUs; or on a GPU beside other roles, where the length of
+    one record decides whether there is memory for another's reward."""
     stage = RLStage.model_validate({"privacy": {"epsilon": 1.0}, "scorer": {"kind": "sentiment_rule"}})
-    scorer = start_scorer(stage, {}, "gpus", 1)
-    _until_free(0.0)
-    (reward,) = ray.get(scorer.score.remote([("It was", " a great film", 0.0)]))
-    assert reward.reveal() > 0
-    ray.kill(scorer)
-    _until_free(1.0)
+    sees = lambda actor: os.environ.get("CUDA_VISIBLE_DEVICES")  # noqa: E731
+    for gpus, seen in ((1, "0"), (0, "")):
+        scorer = start_scorer(stage, {}, "gpus", gpus)
+        _until_free(1.0 - gpus)
+        assert ray.get(scorer.__ray_call__.remote(sees)) == seen
+        (reward,) = ray.get(scorer.score.remote([("It was", " a great film", 0.0)]))
+        assert reward.reveal() > 0
+        ray.kill(scorer)
+        _until_free(1.0)
 
 
 def _until_free(gpus: float) -> None:
+    """The names of dead actors are free then, too."""
     deadline = time.monotonic() + 30
     while ray.available_resources().get("GPU", 0.0) != gpus:
         assert time.monotonic() < deadline
