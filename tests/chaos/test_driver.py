@@ -36,14 +36,15 @@ class Leg:
 
 @dataclass(frozen=True)
 class Ended:
-    """code, err: of a leg's command. before, after: charges. left: processes that outlived it by a minute."""
+    """code, err: of a leg's command. before, after: charges. left: processes that outlive it for long. (Two agents of
+    Ray's ask for a minute for a cluster that is gone.)"""
 
     code: int
     err: str
     before: int
     after: int
     struck: int
-    left: int
+    left: int = 0
 
 
 RUNS = {
@@ -73,14 +74,16 @@ Done = tuple[Case, Seen, dict[str, Ended]]
 
 @pytest.fixture(scope="module")
 def done(chaos: Chaos, world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Done]:
-    """By name, a run directory that is ended by some of them in turn and then completed; made when it is asked for."""
+    """By name, a run directory that is ended by some of them in turn, at once resumed, and then completed; made when it
+    is asked for."""
     return functools.cache(lambda name: made(name, chaos, world, tmp_path_factory.mktemp(name)))
 
 
 def made(name: str, chaos: Chaos, world: World, folder: Path) -> Done:
     case, root = chaos.begin([]), folder / "out"
     config = configured(world, f"driver-{name}", STEPS[name])
-    settings, found = folder / "c.yaml", {}
+    settings = folder / "c.yaml"
+    ended: dict[str, tuple[Command, Ended]] = {}
     settings.write_text(config_file.dump(config))
     for leg in [*RUNS[name], None]:
         before = len(oracle.charges(root / "ledger.db")) if (root / "ledger.db").exists() else 0
@@ -88,21 +91,21 @@ def made(name: str, chaos: Chaos, world: World, folder: Path) -> Done:
         if leg is not None and leg.paid:
             faults[0] = replace(leg.fault, attempt=before + 1)
         case.plan(faults)
-        command = Command("run", str(settings), "--output", str(root), *(["--resume"] if found else []))
+        command = Command("run", str(settings), "--output", str(root), *(["--resume"] if ended else []))
         deadline = time.monotonic() + 150
         while command.process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(psutil.NoSuchProcess):
                 command.family = [*{*command.family, *psutil.Process(command.process.pid).children(recursive=True)}]
             time.sleep(0.3)
         code, out, err = command.end(10)
-        left = command.survivors()
         seen = check(case, config, root, world, done=leg is None)
         assert not any(mark in out + err for mark in world.marks)
         assert leg is not None or code == 0, err
         if leg is not None:
             struck = min(case.struck(f) for f in faults)
-            found[leg.fault.id] = Ended(code, err, before, len(seen.charged), struck, len(left))
+            ended[leg.fault.id] = command, Ended(code, err, before, len(seen.charged), struck)
     chaos.end()
+    found = {name: replace(e, left=len(command.survivors(150.0))) for name, (command, e) in ended.items()}
     return case, seen, found
 
 
