@@ -92,7 +92,7 @@ def made(name: str, chaos: Chaos, world: World, folder: Path) -> Done:
             faults[0] = replace(leg.fault, attempt=before + 1)
         case.plan(faults)
         command = Command("run", str(settings), "--output", str(root), *(["--resume"] if ended else []))
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 400
         while command.process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(psutil.NoSuchProcess):
                 command.family = [*{*command.family, *psutil.Process(command.process.pid).children(recursive=True)}]
