@@ -17,13 +17,11 @@ import ray
 from ray.exceptions import ActorDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dprlhf_ray.actors.answers import answered
+from dprlhf_ray.actors.answers import QUICK, answered
 from dprlhf_ray.actors.learner_spec import LearnerSpec
 from dprlhf_ray.actors.mailbox import Mailbox
 from dprlhf_ray.actors.rank import serve
 from dprlhf_ray.errors import DprlhfError, LearnersRestarted
-
-MAILBOX = 600.0  # seconds without an answer, after which it counts as hung
 
 
 class LearnersFailed(DprlhfError):
@@ -105,7 +103,7 @@ class LearnerGroup:
         """What the mailbox answers. It keeps what the ranks wait for, so that no other can replace it."""
         call = getattr(self._mailbox, method).remote(*arguments)
         try:
-            if answered(call, MAILBOX):
+            if answered(call, QUICK):
                 return ray.get(call)
         except ActorDiedError:
             pass
